@@ -1,0 +1,176 @@
+"""The row kernels' contract, and its plain PyTorch version.
+
+A *tile* holds head outputs `u = hidden @ weight.T` for n rows (tokens) and a slab of v vocabulary columns that starts at
+`v0`: shape (n, v), float32, any strides (CPU tiles are vocabulary-major: the transpose of a contiguous (v, n) buffer).
+A backend supplies two functions on tiles, and nothing else:
+
+    row_stats(tile, bias, targets, v0, state, spec)                   folds the tile into the running `RowState`
+    row_grad(tile, bias, targets, v0, stats, coef, spec, out)         writes ∂L/∂u of the tile to `out` (which may be the tile)
+
+With b = bias[v0:v0+v] (or 0), the logits are
+
+    z = out_scale · tanh(in_scale · (u + b))   with a softcap,      z = in_scale · (u + b)   without one.
+
+Everything per row that does not need the vocabulary (log-probs, entropy, gradient coefficients) is computed here, once,
+for all backends, on vectors of length n. Formulas: FORMULAS §1 of the design notes, repeated in the docstrings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of RowState.values
+MAX, SUM, TARGET, ENT, SUM_SQ, SUM_Z = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """What is computed per row, in numbers a kernel can take as compile-time flags."""
+
+    in_scale: float = 1.0  # logit_scale / temperature; with a softcap logit_scale / softcap
+    out_scale: float = 1.0  # softcap / temperature; unused without a softcap
+    softcap: bool = False
+    entropy: bool = False
+    top1: bool = False
+    sum_sq: bool = False
+    sum_z: bool = False
+
+    @classmethod
+    def make(
+        cls, *, temperature: float, logit_scale: float, softcap: float | None, entropy: bool = False, top1: bool = False,
+        sum_sq: bool = False, sum_z: bool = False,
+    ) -> RowSpec:  # fmt: skip
+        flags = {"entropy": entropy, "top1": top1, "sum_sq": sum_sq, "sum_z": sum_z}
+        if softcap is None:
+            return cls(in_scale=logit_scale / temperature, **flags)
+        return cls(in_scale=logit_scale / softcap, out_scale=softcap / temperature, softcap=True, **flags)
+
+
+class RowState(NamedTuple):
+    """Running sums over vocabulary slabs; slabs must be folded in ascending order of v0.
+
+    values: (6, n) float32, contiguous. With m = max so far:
+        MAX     m = max_v z_v                                  starts at -inf
+        SUM     Σ_v exp(z_v − m)                               starts at 0
+        TARGET  z_y, once the slab that holds y was folded     starts at 0
+        ENT     Σ_v exp(z_v − m)·(z_v − m)                     only with spec.entropy
+        SUM_SQ  Σ_v exp(2(z_v − m))                            only with spec.sum_sq
+        SUM_Z   Σ_v z_v                                        only with spec.sum_z
+    argmax: (n,) int64, the first index v at which z_v = m     only with spec.top1 (else shape (0,))
+    """
+
+    values: Tensor
+    argmax: Tensor
+
+    @classmethod
+    def start(cls, n: int, spec: RowSpec, device: torch.device) -> RowState:
+        values = torch.zeros(6, n, dtype=torch.float32, device=device)
+        values[MAX].fill_(-torch.inf)
+        return cls(values, torch.zeros(n if spec.top1 else 0, dtype=torch.int64, device=device))
+
+
+class RowStats(NamedTuple):
+    """Finished rows, each (n,) float32: lse = max + log_sum. `max` and `log_sum` stay apart because their sum rounds."""
+
+    max: Tensor
+    log_sum: Tensor
+    target: Tensor  # z_y
+    logps: Tensor  # (z_y − max) − log_sum, never above 0
+    entropy: Tensor | None
+
+    @property
+    def lse(self) -> Tensor:
+        return self.max + self.log_sum
+
+
+class RowCoef(NamedTuple):
+    """Per-row numbers, each (n,) float32, that turn a tile into its gradient (entropy is None when it gets no gradient):
+
+        G_v = p_v·(base − entropy·(z_v − lse))   for v ≠ y,      G_y = target,      ∂L/∂u = G · dz/du
+
+    With a, c, e the gradients of logps, lse and entropy:
+        base = c − a − e·H,   entropy = e,   target = −a·expm1(logps) + p_y·(c − e·(logps + H))
+    p_y − 1 is taken as expm1(logps) in float32, before anything is rounded.
+    """
+
+    base: Tensor
+    target: Tensor
+    entropy: Tensor | None
+
+
+def finish(state: RowState, spec: RowSpec) -> RowStats:
+    values = state.values
+    log_sum = values[SUM].log()
+    entropy = log_sum - values[ENT] / values[SUM] if spec.entropy else None
+    return RowStats(values[MAX], log_sum, values[TARGET], (values[TARGET] - values[MAX]) - log_sum, entropy)
+
+
+def coefficients(stats: RowStats, grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None) -> RowCoef:
+    zero = torch.zeros_like(stats.logps)
+    a = zero if grad_logps is None else grad_logps
+    c = zero if grad_lse is None else grad_lse
+    p_target = stats.logps.exp()
+    base = c - a
+    target = -a * torch.expm1(stats.logps) + p_target * c
+    if grad_entropy is not None:
+        assert stats.entropy is not None
+        base = base - grad_entropy * stats.entropy
+        target = target - grad_entropy * p_target * (stats.logps + stats.entropy)
+    return RowCoef(base, target, grad_entropy)
+
+
+def tile_logits(tile: Tensor, bias: Tensor | None, spec: RowSpec) -> Tensor:
+    """z of a tile, as a new tensor."""
+    z = tile if bias is None else tile + bias.to(tile.dtype)
+    return (z * spec.in_scale).tanh_().mul_(spec.out_scale) if spec.softcap else z * spec.in_scale
+
+
+def row_stats(tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, state: RowState, spec: RowSpec) -> None:
+    """Fold one tile into `state`, in place. tile (n, v) float32; bias (v,) or None; targets (n,) int64."""
+    z = tile_logits(tile, bias, spec)
+    values = state.values
+    slab_max, slab_argmax = z.max(dim=1)
+    if spec.top1:
+        slab_argmax = (z == slab_max[:, None]).int().argmax(dim=1)  # the first one: max() promises no order among ties
+        state.argmax.copy_(torch.where(slab_max > values[MAX], slab_argmax + v0, state.argmax))
+    if spec.sum_z:
+        values[SUM_Z] += z.sum(dim=1)
+    local = targets - v0
+    inside = (local >= 0) & (local < tile.shape[1])
+    picked = z.gather(1, local.clamp(0, tile.shape[1] - 1)[:, None])[:, 0]
+    values[TARGET].copy_(torch.where(inside, picked, values[TARGET]))
+
+    new_max = torch.maximum(values[MAX], slab_max)
+    delta = values[MAX] - new_max
+    scale = delta.exp()  # exp(-inf) = 0 at the first slab
+    z -= new_max[:, None]
+    e = z.exp()
+    if spec.entropy:
+        carried = torch.where(values[SUM] > 0, (values[ENT] + delta * values[SUM]) * scale, 0.0)
+        values[ENT].copy_(carried + (e * z).sum(dim=1))
+    values[SUM].copy_(values[SUM] * scale + e.sum(dim=1))
+    if spec.sum_sq:
+        values[SUM_SQ].copy_(values[SUM_SQ] * scale * scale + e.square_().sum(dim=1))
+    values[MAX].copy_(new_max)
+
+
+def row_grad(
+    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, stats: RowStats, coef: RowCoef, spec: RowSpec, out: Tensor
+) -> None:
+    """Write ∂L/∂u of one tile to `out`: (n, v), float32 or a 16-bit dtype, any strides; it may be the tile itself."""
+    z = tile_logits(tile, bias, spec)
+    slope: Tensor | float = spec.in_scale
+    if spec.softcap:
+        slope = (1 - (z / spec.out_scale).square_()).mul_(spec.in_scale * spec.out_scale)
+    logp = z.sub_(stats.max[:, None]).sub_(stats.log_sum[:, None])
+    grad = logp.exp()
+    grad *= coef.base[:, None] if coef.entropy is None else coef.base[:, None] - coef.entropy[:, None] * logp
+    local = targets - v0
+    inside = (local >= 0) & (local < tile.shape[1])
+    local = local.clamp(0, tile.shape[1] - 1)[:, None]
+    grad.scatter_(1, local, torch.where(inside[:, None], coef.target[:, None], grad.gather(1, local)))
+    out.copy_(grad.mul_(slope))

@@ -134,11 +134,11 @@ def check_dpo_options(
     if loss_type not in DPO_LOSSES:
         raise ValueError(f"loss_type={loss_type!r} is unknown: accepted are {', '.join(map(repr, DPO_LOSSES))}")
     variant = DPO_LOSSES[loss_type]
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta}: it must be positive and finite")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing}: the share of flipped preferences must be in [0, 0.5)")
-    if not math.isfinite(length_alpha):
+    if not -math.inf < length_alpha < math.inf:
         raise ValueError(f"length_alpha={length_alpha}: it must be finite")
     for option, value in (("label_smoothing", label_smoothing), ("length_alpha", length_alpha)):
         if value and not getattr(variant, f"accepts_{option}"):

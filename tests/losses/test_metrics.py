@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from fastalign.losses import correlation_metrics, mean_metric, merge_metrics, summarize
+
+
+def test_mean_is_detached_and_keeps_the_dtype():
+    values = torch.tensor([1.0, 4.0], dtype=torch.float64, requires_grad=True)
+    metric = mean_metric(values * 2)
+    assert (metric.total.item(), metric.weight.item()) == (10.0, 2.0)
+    assert not metric.total.requires_grad
+    assert metric.total.dtype == metric.weight.dtype == torch.float64
+    assert metric.total.shape == metric.weight.shape == ()
+
+
+@given(
+    seed=st.integers(0, 1000), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(lambda s: sum(s) > 2)
+)
+def test_correlation_of_the_parts_is_that_of_the_whole(seed, sizes):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=sum(sizes)) + 3
+    y = 0.5 * x + rng.normal(size=sum(sizes))
+    parts = [
+        correlation_metrics("r", torch.from_numpy(a), torch.from_numpy(b))
+        for a, b in zip(np.split(x, np.cumsum(sizes)[:-1]), np.split(y, np.cumsum(sizes)[:-1]), strict=True)
+    ]
+    values = summarize(merge_metrics(*parts))
+    assert list(values) == ["r"]
+    assert values["r"].item() == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
+
+
+def test_correlation_in_float32_with_realistic_figures():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(-300, 300, (4096,), generator=generator).double()
+    margins = 0.004 * lengths + torch.randn(4096, generator=generator, dtype=torch.float64)
+    exact = np.corrcoef(margins, lengths)[0, 1]
+    value = summarize(correlation_metrics("r", margins.float(), lengths.float()))["r"]
+    assert value.item() == pytest.approx(exact, abs=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_correlation_with_a_constant_is_nan(constant, dtype):
+    varying = torch.linspace(-1, 1, 33, dtype=dtype)
+    fixed = torch.full_like(varying, constant)
+    assert summarize(correlation_metrics("r", varying, fixed))["r"].isnan()
+    assert summarize(correlation_metrics("r", fixed, varying))["r"].isnan()
+
+
+def test_perfect_correlation_stays_within_one():
+    x = torch.linspace(0, 1, 7)
+    values = summarize(correlation_metrics("up", x, 3 * x) | correlation_metrics("down", x, -0.1 * x))
+    assert_close(values, {"up": torch.tensor(1.0), "down": torch.tensor(-1.0)})
+    assert all(value.abs() <= 1 for value in values.values())
+
+
+def test_merge_weighs_by_count_and_takes_names_missing_from_a_part():
+    one = {"a": mean_metric(torch.tensor([1.0, 1.0, 4.0])), "b": mean_metric(torch.tensor([5.0]))}
+    two = {"a": mean_metric(torch.tensor([10.0]))}
+    values = summarize(merge_metrics(one, two))
+    assert {name: value.item() for name, value in values.items()} == {"a": 4.0, "b": 5.0}
+
+
+def test_summarize_of_nothing():
+    assert summarize({}) == {}
+    assert summarize(merge_metrics()) == {}

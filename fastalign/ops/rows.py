@@ -2,10 +2,14 @@
 
 A *tile* holds head outputs `u = hidden @ weight.T` for n rows (tokens) and a slab of v vocabulary columns that starts at
 `v0`: shape (n, v), float32, any strides (CPU tiles are vocabulary-major: the transpose of a contiguous (v, n) buffer).
-A backend supplies two functions on tiles, and nothing else:
+A backend supplies these functions on tiles, and nothing else:
 
     row_stats(tile, bias, targets, v0, state, spec)                   folds the tile into the running `RowState`
     row_grad(tile, bias, targets, v0, stats, coef, spec, out)         writes ∂L/∂u of the tile to `out` (which may be the tile)
+    row_exp(tile, bias, stats, spec, out)                             writes exp(z − max) in 16 bits, for the cached schedule
+
+With `spec.exp_tile` row_grad gets such a 16-bit tile of exponentials E instead of u: p = E·exp(−log_sum). That mode has
+no softcap and no entropy coefficient. Tiles are float32; float64 inputs (gradient checks) make them float64, here only.
 
 With b = bias[v0:v0+v] (or 0), the logits are
 
@@ -17,7 +21,7 @@ for all backends, on vectors of length n. Formulas: FORMULAS §1 of the design n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -38,6 +42,7 @@ class RowSpec:
     top1: bool = False
     sum_sq: bool = False
     sum_z: bool = False
+    exp_tile: bool = False
 
     @classmethod
     def make(
@@ -67,8 +72,8 @@ class RowState(NamedTuple):
     argmax: Tensor
 
     @classmethod
-    def start(cls, n: int, spec: RowSpec, device: torch.device) -> RowState:
-        values = torch.zeros(6, n, dtype=torch.float32, device=device)
+    def start(cls, n: int, spec: RowSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> RowState:
+        values = torch.zeros(6, n, dtype=dtype, device=device)
         values[MAX].fill_(-torch.inf)
         return cls(values, torch.zeros(n if spec.top1 else 0, dtype=torch.int64, device=device))
 
@@ -109,7 +114,9 @@ def finish(state: RowState, spec: RowSpec) -> RowStats:
     return RowStats(values[MAX], log_sum, values[TARGET], (values[TARGET] - values[MAX]) - log_sum, entropy)
 
 
-def coefficients(stats: RowStats, grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None) -> RowCoef:
+def coefficients(
+    stats: RowStats, grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None
+) -> RowCoef:
     zero = torch.zeros_like(stats.logps)
     a = zero if grad_logps is None else grad_logps
     c = zero if grad_lse is None else grad_lse
@@ -159,18 +166,65 @@ def row_stats(tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, state
 
 
 def row_grad(
-    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, stats: RowStats, coef: RowCoef, spec: RowSpec, out: Tensor
+    tile: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    v0: int,
+    stats: RowStats,
+    coef: RowCoef,
+    spec: RowSpec,
+    out: Tensor,
 ) -> None:
     """Write ∂L/∂u of one tile to `out`: (n, v), float32 or a 16-bit dtype, any strides; it may be the tile itself."""
-    z = tile_logits(tile, bias, spec)
     slope: Tensor | float = spec.in_scale
-    if spec.softcap:
-        slope = (1 - (z / spec.out_scale).square_()).mul_(spec.in_scale * spec.out_scale)
-    logp = z.sub_(stats.max[:, None]).sub_(stats.log_sum[:, None])
-    grad = logp.exp()
-    grad *= coef.base[:, None] if coef.entropy is None else coef.base[:, None] - coef.entropy[:, None] * logp
+    if spec.exp_tile:
+        assert not spec.softcap
+        assert coef.entropy is None
+        grad = tile.float() * (torch.exp(-stats.log_sum) * coef.base)[:, None]
+    else:
+        z = tile_logits(tile, bias, spec)
+        if spec.softcap:
+            slope = (1 - (z / spec.out_scale).square_()).mul_(spec.in_scale * spec.out_scale)
+        logp = z.sub_(stats.max[:, None]).sub_(stats.log_sum[:, None])
+        grad = logp.exp()
+        grad *= coef.base[:, None] if coef.entropy is None else coef.base[:, None] - coef.entropy[:, None] * logp
     local = targets - v0
     inside = (local >= 0) & (local < tile.shape[1])
     local = local.clamp(0, tile.shape[1] - 1)[:, None]
     grad.scatter_(1, local, torch.where(inside[:, None], coef.target[:, None], grad.gather(1, local)))
     out.copy_(grad.mul_(slope))
+
+
+def row_exp(tile: Tensor, bias: Tensor | None, stats: RowStats, spec: RowSpec, out: Tensor) -> None:
+    """Write exp(z − max) of one tile to `out` (n, v), a 16-bit dtype, any strides."""
+    out.copy_(tile_logits(tile, bias, spec).sub_(stats.max[:, None]).exp_())
+
+
+def with_exponentials(spec: RowSpec) -> RowSpec:
+    return replace(spec, exp_tile=True)
+
+
+def rescale(coef: RowCoef) -> tuple[RowCoef, Tensor]:
+    """Coefficients times 2^k with the largest near 1, and 2^−k (0-dim float32, on the device).
+
+    Keeps float16 gradient tiles away from its underflow (6e-8) and overflow; powers of two round nothing.
+    """
+    largest = torch.maximum(coef.base.abs().amax(), coef.target.abs().amax())
+    exponent = torch.where(largest > 0, -torch.frexp(largest).exponent, 0)
+    up = torch.ldexp(torch.ones_like(largest), exponent)
+    entropy = None if coef.entropy is None else coef.entropy * up
+    return RowCoef(coef.base * up, coef.target * up, entropy), torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def join(states: list[RowState]) -> RowState:
+    """Rows of several states, one after the other."""
+    return RowState(torch.cat([s.values for s in states], dim=1), torch.cat([s.argmax for s in states]))
+
+
+def cut(stats: RowStats, coef: RowCoef, start: int, stop: int) -> tuple[RowStats, RowCoef]:
+    """Rows start:stop of both."""
+    part = slice(start, stop)
+    return (
+        RowStats(*(None if t is None else t[part] for t in stats)),  # type: ignore[arg-type]
+        RowCoef(*(None if t is None else t[part] for t in coef)),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,110 @@
+"""Which implementation of the row kernels serves a tensor. The only reader of environment variables and device capability.
+
+    torch    plain PyTorch, any device
+    cpu      C++ (csrc/cpu): threads and SIMD, needs the compiled extension
+    triton   CUDA or ROCm tensors; CPU tensors only under TRITON_INTERPRET=1
+
+`backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had. A backend that
+is named and cannot run raises ValueError with the reason; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import rows as R
+
+BACKENDS = ("torch", "cpu", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The row functions of one backend; their contract is fastalign.ops.rows. `fused_forward` needs no logits tile."""
+
+    name: str
+    row_stats: Callable[..., None]
+    row_grad: Callable[..., None]
+    row_exp: Callable[..., None]
+    fused_forward: Callable[..., R.RowState] | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run through its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _reasons() -> dict[str, str | None]:
+    reasons: dict[str, str | None] = {"torch": None}
+    try:
+        from fastalign.kernels import cpu_rows
+
+        reasons["cpu"] = cpu_rows.why_unavailable()
+    except ImportError as error:
+        reasons["cpu"] = f"the C++ extension is not built ({error}); install with a C++ compiler on the PATH"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        reasons["triton"] = f"triton cannot be imported ({error}); pip install triton"
+    else:
+        usable = torch.cuda.is_available() or interpreting()
+        reasons["triton"] = (
+            None if usable else "no CUDA or ROCm device (set TRITON_INTERPRET=1 to interpret kernels on the CPU)"
+        )
+    return reasons
+
+
+def available() -> dict[str, str | None]:
+    """Every backend with the reason it cannot run here, None when it can."""
+    return dict(_reasons())
+
+
+def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `name` cannot serve tensors of this device and dtype; None when it can."""
+    reason = _reasons()[name]
+    if reason is not None or name == "torch":
+        return reason
+    if dtype == torch.float64:
+        return "float64 is for checking gradients and runs on backend='torch' only"
+    if name == "cpu" and device_type != "cpu":
+        return f"it serves CPU tensors, hidden is on {device_type!r}"
+    if name == "triton" and device_type != "cuda" and not interpreting():
+        return f"it serves CUDA tensors, hidden is on {device_type!r}"
+    return None
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    if name == "torch":
+        return Backend("torch", R.row_stats, R.row_grad, R.row_exp)
+    if name == "cpu":
+        from fastalign.ops import cpu_backend
+
+        return cpu_backend.BACKEND
+    from fastalign.ops import triton_backend
+
+    return triton_backend.BACKEND
+
+
+def resolve(name: str, tensor: Tensor) -> Backend:
+    """The backend that serves `tensor` (hidden).
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot run here.
+    """
+    device_type, dtype = tensor.device.type, tensor.dtype
+    if name == "auto":
+        preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
+        return _load(preferred if _why_not(preferred, device_type, dtype) is None else "torch")
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    reason = _why_not(name, device_type, dtype)
+    if reason is not None:
+        raise ValueError(f"backend={name!r} cannot run: {reason}")
+    return _load(name)

@@ -1,0 +1,114 @@
+"""The schedules of `linear_logps`: loops over tiles. Called by the custom op with validated tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import rows as R
+from fastalign.ops.tiles import Sinks, Tiles
+
+
+class Scored(NamedTuple):
+    """Result of a forward over n rows: finished statistics, the raw state, and what the backward may reuse."""
+
+    stats: R.RowStats
+    state: R.RowState
+    kept: Tensor | None  # (≥ kept_rows, V): u in float32, or exponentials in 16 bits
+    frozen: Tensor | None  # (n, H) float32: D
+
+
+def forward(tiles: Tiles) -> Scored:
+    """Score all rows of the plan; keep what its schedule keeps."""
+    plan, spec = tiles.plan, tiles.spec
+    if plan.schedule == "forward" and tiles.backend.fused_forward is not None and tiles.hidden.is_cuda:
+        state = tiles.backend.fused_forward(tiles.hidden, tiles.weight, tiles.bias, tiles.targets, tiles.rows, spec)
+        return Scored(R.finish(state, spec), state, None, None)
+    parts: list[R.RowState] = []
+    kept = frozen = None
+    if plan.kept_rows:
+        kept = _forward_kept(tiles, parts)
+    if plan.schedule == "frozen":
+        frozen = torch.empty(plan.n, tiles.hidden.shape[1], dtype=tiles.wide, device=tiles.device)
+        sinks = Sinks(hidden=frozen, compact=True)
+        for block in tiles.blocks():
+            tile = tiles.new_tile(block.n, tiles.V, "tile")
+            state = tiles.forward(block, tile)
+            parts.append(state)
+            stats = R.finish(state, spec)
+            unit = R.coefficients(stats, torch.ones_like(stats.logps), None, None)
+            tiles.backward(block, stats, unit, sinks, tile)
+    else:
+        parts += [tiles.forward(block) for block in tiles.blocks(plan.kept_rows)]
+    state = _join(parts, tiles)
+    return Scored(R.finish(state, spec), state, kept, frozen)
+
+
+def _forward_kept(tiles: Tiles, parts: list[R.RowState]) -> Tensor:
+    """Forward of rows [0, kept_rows), keeping u (float32) or exp(z − max) (16 bits) of each."""
+    plan = tiles.plan
+    if not plan.transit_rows:
+        block = tiles.block(0, plan.kept_rows)
+        kept = tiles.new_tile(plan.kept_rows, tiles.V)
+        parts.append(tiles.forward(block, kept))
+        return kept
+    kept = tiles.new_tile(plan.kept_rows, tiles.V, dtype=tiles.hidden.dtype)
+    for start in range(0, plan.kept_rows, plan.transit_rows):
+        block = tiles.block(start, min(start + plan.transit_rows, plan.kept_rows))
+        tile = tiles.new_tile(block.n, tiles.V, "tile")
+        state = tiles.forward(block, tile)
+        parts.append(state)
+        tiles.keep_exponentials(tile[: block.n], R.finish(state, tiles.spec), kept[start : block.stop])
+    return kept
+
+
+def _join(parts: list[R.RowState], tiles: Tiles) -> R.RowState:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return R.RowState.start(0, tiles.spec, tiles.device, tiles.wide)
+    return R.join(parts)
+
+
+def backward(tiles: Tiles, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, kept: Tensor | None = None) -> None:
+    """Gradients of all rows of the plan into the sinks; rows below plan.kept_rows come from `kept`."""
+    plan = tiles.plan
+    first = 0
+    if kept is not None and plan.kept_rows:
+        first = plan.kept_rows
+        step = plan.transit_rows or first
+        for start in range(0, first, step):
+            block = tiles.block(start, min(start + step, first))
+            tile = kept[start : block.stop]
+            part = R.cut(stats, coef, block.start, block.stop)
+            tiles.backward(block, *part, sinks, tile, overwrite=False, exponentials=bool(plan.transit_rows))
+    for block in tiles.blocks(first):
+        tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks)
+
+
+def frozen_backward(
+    tiles: Tiles, stats: R.RowStats, d: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None, out: Tensor
+) -> None:
+    """grad_hidden from D = Σ_v (onehot − p)_v f_v W_v with f = dz/du:  a·D + c·(f_y W_y − D).
+
+    d (n, H) float32; out (N, H), zero where no row counts. Needs no GEMM.
+    """
+    spec, rows = tiles.spec, tiles.plan.rows
+    a = torch.zeros_like(stats.logps) if grad_logps is None else grad_logps
+    c = torch.zeros_like(stats.logps) if grad_lse is None else grad_lse
+    slope = torch.full_like(stats.target, spec.in_scale)
+    if spec.softcap:
+        slope = (1 - (stats.target / spec.out_scale).square()) * (spec.in_scale * spec.out_scale)
+    for start in range(0, tiles.plan.n, rows):
+        block = tiles.block(start, min(start + rows, tiles.plan.n))
+        part = slice(block.start, block.stop)
+        grad = d[part] * (a - c)[part, None]
+        if grad_lse is not None:
+            picked = tiles.weight.index_select(0, block.targets).to(tiles.hidden.dtype).to(d.dtype)
+            grad.addcmul_(picked, (c * slope)[part, None])
+        if block.index is None:
+            out[part].copy_(grad)
+        else:
+            out.index_copy_(0, block.index, grad.to(out.dtype))

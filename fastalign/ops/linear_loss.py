@@ -1,0 +1,225 @@
+"""Streamed losses: head and any group-separable loss in one pass of three GEMMs.
+
+A loss L = Σ_g ℓ_g / D whose denominator D does not depend on the log-probs gives the gradient of a group's log-probs as soon
+as that group is scored. So whole groups are taken in chunks that fit the workspace: logits tile → log-probs → the loss
+function → its gradient by autograd on the chunk's log-probs → gradient over the tile in place → the two gradient GEMMs.
+A group too large for the workspace runs deferred inside itself: its logits are computed twice, but for its last tile.
+
+A Python function cannot enter a custom op, so this is a `torch.autograd.Function` behind one graph break under torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.ops import backends
+from fastalign.ops import rows as R
+from fastalign.ops.groups import Chunk, Layout
+from fastalign.ops.linear_logps import (
+    check_head,
+    linear_logps,
+    make_sinks,
+    mean_logits_of,
+    needed_gradients,
+    row_spec,
+    workspace_bytes,
+)  # fmt: skip
+from fastalign.ops.schedule import plan
+from fastalign.ops.tiles import Sinks, Tiles
+from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
+
+LossFn = Callable[..., Tensor]
+MetricsFn = Callable[..., dict[str, Metric]]
+
+
+@torch.compiler.disable
+def linear_loss(
+    loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None,
+    groups: Tensor | Sequence[int] | str | None = None, inputs: Mapping[str, Tensor] | None = None,
+    denominator: float | Tensor | None = 1.0, reduce: bool = True, entropy: bool = False, top1: bool = False, mean_logits: bool = False,
+    rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
+    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, metrics_fn: MetricsFn | None = None,
+    backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+) -> LossOutput:  # fmt: skip
+    """Any loss that is a sum over groups of sequences, through the fused head.
+
+        loss = Σ_g ℓ_g / denominator,     ℓ = loss_fn(LinearLogps, cu_seqlens, **inputs)
+
+    Args:
+        loss_fn: pure function of a chunk of whole groups. It gets the log-probs of the chunk's *scored* tokens (n,), packed
+            sequence after sequence in ascending sequence order (`entropy` only if asked for), `cu_seqlens` (S' + 1,) int32 on
+            the host over them, so that its differences are the completion lengths |y|, and the chunk's part of `inputs`. It
+            returns one loss per group (G',), in the order of the groups' first sequences.
+        hidden: padded (B, T, H), each row of the batch a sequence; or packed (N, H) with cu_seqlens.
+        weight (V, H), bias (V,), targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb: as in
+            linear_logps; rows must ascend.
+        cu_seqlens: (S + 1,) int32 on the host, over all N tokens.
+        groups: (S,) integers on the host, which sequences belong together; None: every sequence is its own group;
+            "tokens": every token is (loss_fn then gets cu_seqlens=None and returns (n,)).
+        inputs: tensors the loss needs, none requiring grad: per sequence (S, ...) or per token (targets' shape).
+        denominator: D, a number or a 0-dim tensor; None: the number of scored tokens.
+        reduce: False returns the losses of all groups (G,), undivided; they are then scored before the loss.
+        metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all inputs.
+        top1, mean_logits: further outputs for metrics_fn.
+        schedule: "auto" and "streamed" stream; "deferred", "cached" and "frozen" score everything first and let autograd apply
+            loss_fn to all groups at once.
+    Returns:
+        LossOutput(loss, metrics): 0-dim float32. An empty batch gives 0, attached to the graph.
+    Raises:
+        ValueError: as linear_logps, and for inputs that require grad or fit neither shape, or a loss_fn of the wrong shape.
+        RuntimeError: a second backward through the streamed loss (its gradients were handed out by the first).
+    """
+    hidden, weight, bias = check_head(hidden, weight, targets, bias, rows)
+    spec = row_spec(temperature, logit_scale, softcap, entropy, top1, False, mean_logits)
+    layout = Layout.make(hidden, targets, cu_seqlens, groups, rows, ignore_index, weight.shape[0], inputs or {})
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    needs = needed_gradients(flat, weight, bias)
+    if denominator is None:
+        denominator = max(layout.n, 1)
+    if not reduce and schedule == "streamed":
+        raise ValueError(
+            "schedule='streamed' needs a reduction, because it gives out one gradient; take schedule='auto'"
+        )
+    if any(needs) and reduce and schedule in ("auto", "streamed"):
+        workspace = workspace_bytes(workspace_mb, flat.device.type)
+        job = _Job(loss_fn, layout, spec, denominator, needs, backend, workspace, mean_logits)
+        loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
+        assert job.scored is not None
+        scored = job.scored
+    else:
+        out = linear_logps(
+            flat, weight, targets.reshape(-1), bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            ignore_index=ignore_index, entropy=entropy, top1=top1, mean_logits=mean_logits, rows=layout.rows, backend=backend,
+            schedule=schedule, workspace_mb=workspace_mb,
+        )  # fmt: skip
+        everything = layout.everything()
+        index = layout.rows_on(flat.device)
+        scored = LinearLogps(*(None if t is None else t.index_select(0, index) for t in out))
+        losses = everything.losses(loss_fn, layout, scored)
+        loss = losses.sum() / denominator if reduce else losses
+        scored = LinearLogps(*(None if t is None else t.detach() for t in scored))
+    metrics: dict[str, Metric] = {}
+    if metrics_fn is not None:
+        with torch.no_grad():
+            everything = layout.everything()
+            metrics = metrics_fn(scored, everything.cu_seqlens, **everything.pick(layout))
+    return LossOutput(loss, metrics)
+
+
+# ---- the pass
+
+
+@dataclass(slots=True)
+class _Job:
+    """One streamed call: what the autograd Function needs beside its tensors, and what it leaves for the caller."""
+
+    loss_fn: LossFn
+    layout: Layout
+    spec: R.RowSpec
+    denominator: float | Tensor
+    needs: tuple[bool, bool, bool]
+    backend: str
+    workspace: int
+    mean_logits: bool
+    scored: LinearLogps | None = None
+
+    def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tiles, Sinks]:
+        """Loss (0-dim float32), and the sinks that hold its unscaled gradients."""
+        layout, n = self.layout, self.layout.n
+        device_type = hidden.device.type if hidden.device.type == "cpu" else "cuda"
+        sizes = layout.group_rows()
+        bound = plan(
+            n, hidden.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=device_type,
+            needs=self.needs, group_rows=int(sizes.max(initial=1)), workspace_bytes=self.workspace, num_tokens=hidden.shape[0],
+        )  # fmt: skip
+        all_rows = layout.rows_on(hidden.device)
+        tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, bound, backends.resolve(self.backend, hidden))
+        sinks = make_sinks(tiles, self.needs, accumulate=True)
+        states: list[R.RowState] = []
+        positions: list[np.ndarray] = []
+        total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
+        for chunk in layout.chunks(bound.rows):
+            total += self._chunk(chunk, tiles, sinks, states)
+            positions.append(chunk.positions)
+        self.scored = self._assemble(tiles, states, positions)
+        return total, tiles, sinks
+
+    def _chunk(self, chunk: Chunk, tiles: Tiles, sinks: Sinks, states: list[R.RowState]) -> Tensor:
+        """One chunk of whole groups: its loss over the denominator; its gradients go to the sinks."""
+        index = torch.from_numpy(self.layout.row_numbers[chunk.positions]).to(tiles.device, non_blocking=True)
+        step = tiles.plan.rows
+        starts = range(0, max(len(chunk.positions), 1), step)
+        # all blocks but the last are scored in scratch and computed again; the last one's tile is still there
+        parts = []
+        for start in starts:
+            block = tiles.block(start, min(start + step, len(chunk.positions)), index[start : start + step])
+            tile = tiles.new_tile(block.n, tiles.V, "tile") if start == starts[-1] else None
+            parts.append(tiles.forward(block, tile))
+        state = parts[0] if len(parts) == 1 else R.join(parts)
+        states.append(state)
+        stats = R.finish(state, self.spec)
+        loss, coef = self._coefficients(chunk, stats)
+        tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks, tile)
+        for start in starts[:-1]:
+            block = tiles.block(start, start + step, index[start : start + step])
+            tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks)
+        return loss
+
+    def _coefficients(self, chunk: Chunk, stats: R.RowStats) -> tuple[Tensor, R.RowCoef]:
+        """Loss of a chunk and, by autograd on its log-probs alone, the gradient coefficients of its rows."""
+        leaves = [t.detach().requires_grad_() for t in (stats.logps, stats.lse, stats.entropy) if t is not None]
+        scored = LinearLogps(*leaves)
+        with torch.enable_grad():
+            loss = chunk.losses(self.loss_fn, self.layout, scored).sum() / self.denominator
+        if not loss.requires_grad:
+            return loss, R.coefficients(stats, None, None, None)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss.detach(), R.coefficients(stats, grads[0], grads[1], grads[2] if len(grads) > 2 else None)
+
+    def _assemble(self, tiles: Tiles, states: list[R.RowState], positions: list[np.ndarray]) -> LinearLogps:
+        """Outputs of all scored rows, detached, in the order of the rows."""
+        state = R.join(states) if states else R.RowState.start(0, self.spec, tiles.device, tiles.wide)
+        order = np.argsort(np.concatenate(positions)) if positions else np.arange(0)
+        index = torch.from_numpy(order).to(tiles.device, non_blocking=True)
+        state = R.RowState(state.values[:, index], state.argmax[index] if self.spec.top1 else state.argmax)
+        stats = R.finish(state, self.spec)
+        targets = tiles.targets.index_select(0, tiles.rows) if tiles.rows is not None else tiles.targets
+        return LinearLogps(
+            stats.logps, stats.lse, stats.entropy, state.argmax == targets if self.spec.top1 else None, None,
+            mean_logits_of(tiles, state) if self.mean_logits else None,
+        )  # fmt: skip
+
+
+class _Streamed(torch.autograd.Function):
+    """The loss with its gradients already computed for grad_output = 1; backward scales and casts them once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, job):  # type: ignore[no-untyped-def]
+        loss, tiles, sinks = job.run(hidden, weight, bias, targets)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.sinks = sinks
+        return loss.to(torch.float64 if tiles.wide == torch.float64 else torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        sinks, ctx.sinks = ctx.sinks, None
+        if sinks is None:
+            raise RuntimeError(
+                "a second backward through a streamed loss: its gradients were handed out by the first. "
+                "Call the loss again, or use schedule='deferred'"
+            )
+        # a loss scale of 1 is known for free on the CPU; on a GPU asking would cost a synchronisation
+        unscaled = grad_output.device.type == "cpu" and grad_output.item() == 1.0
+        grads = []
+        for grad, dtype in zip((sinks.hidden, sinks.weight, sinks.bias), ctx.dtypes, strict=True):
+            if grad is None:
+                grads.append(None)
+                continue
+            grads.append((grad if unscaled else grad.mul_(grad_output)).to(dtype))
+        return (*grads, None, None)

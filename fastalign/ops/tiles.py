@@ -1,0 +1,253 @@
+"""One tile of the head, forward and backward: GEMM → row kernel → GEMMs, slab by slab. All schedules are loops over this.
+
+`Tiles` binds the inputs of one call (hidden, weight, bias, targets, the rows that count) to a backend and a plan, and owns
+the workspace. A tile's rows are gathered into a padded buffer (GEMMs like row counts that are multiples of 16; padding
+rows are zero and take no part in the row kernels). On the CPU tiles are vocabulary-major, (slab, rows) in memory, which
+is the orientation its GEMMs are fastest in; elsewhere they are token-major.
+
+16-bit inputs: logits are float32 always. On the CPU slabs of the weight are widened inside the workspace; on CUDA the GEMM
+writes float32 (`out_dtype`) and the gradient is written in 16 bits over the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import rows as R
+from fastalign.ops.backends import Backend
+from fastalign.ops.schedule import Plan, align
+
+
+@dataclass(slots=True)
+class Sinks:
+    """Where gradients go; None is not needed. Each is float32 (or float64), or a 16-bit result written exactly once.
+
+    hidden (N, H): rows of a tile are written once, when the tile is done; with `compact`, (n, H) in the order of the rows.
+    weight (V, H): `first` says that nothing has been added to it yet, so that it needs no zeroing.
+    bias (V,): always accumulated, so it starts at zero.
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    first: bool = True
+    compact: bool = False
+
+
+@dataclass(slots=True)
+class Block:
+    """Rows of one tile: their indices in hidden (None: a range), inputs, targets. `h` is padded to `align(n)` rows."""
+
+    start: int
+    stop: int
+    index: Tensor | None
+    h: Tensor
+    targets: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.stop - self.start
+
+
+class Tiles:
+    """Inputs of one call, bound to a backend and a plan.
+
+    hidden (N, H) in the compute dtype; weight (V, H) in the compute dtype or a wider one (rounded to it slab by slab);
+    bias (V,) or None; targets (N,) int64; rows (n,) int64, the rows that count in the order they are worked on, or None for all.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec: R.RowSpec,
+        plan: Plan, backend: Backend,
+    ) -> None:  # fmt: skip
+        self.hidden, self.weight, self.bias, self.targets, self.rows = hidden, weight, bias, targets, rows
+        self.spec, self.plan, self.backend = spec, plan, backend
+        self.V = weight.shape[0]
+        self.device = hidden.device
+        self.vocab_major = self.device.type == "cpu"
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.wide = wide
+        self.operand = wide if self.vocab_major else hidden.dtype
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    # ---- workspace
+
+    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A view of a reused allocation; it grows once to the largest shape asked for, which the planner foresaw."""
+        size = shape[0] * shape[1]
+        flat = self._buffers.get((name, dtype))
+        if flat is None or flat.numel() < size:
+            self._buffers.pop((name, dtype), None)
+            flat = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
+
+    def new_tile(self, n: int, v: int, name: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """An (align(n), v) tile in the device's orientation, from the workspace if it has a name."""
+        shape = (v, align(n)) if self.vocab_major else (align(n), v)
+        dtype = self.wide if dtype is None else dtype
+        tile = torch.empty(shape, dtype=dtype, device=self.device) if name is None else self._buffer(name, shape, dtype)
+        return tile.t() if self.vocab_major else tile
+
+    def block(self, start: int, stop: int, index: Tensor | None = None) -> Block:
+        """Gather rows start:stop of the scored rows (or those of `index`) into the workspace."""
+        if index is None and self.rows is not None:
+            index = self.rows[start:stop]
+        n = stop - start
+        if index is None and n == align(n) and self.hidden.dtype == self.operand and self.hidden.stride(1) == 1:
+            return Block(start, stop, None, self.hidden[start:stop], self.targets[start:stop])
+        h = self._buffer("rows", (align(n), self.hidden.shape[1]), self.operand)
+        picked = self.hidden[start:stop] if index is None else None
+        if picked is None and self.hidden.dtype == self.operand:
+            torch.index_select(self.hidden, 0, index, out=h[:n])  # type: ignore[arg-type]
+        else:
+            h[:n].copy_(self.hidden.index_select(0, index) if picked is None else picked)  # type: ignore[arg-type]
+        h[n:].zero_()
+        targets = self.targets[start:stop] if index is None else self.targets.index_select(0, index)
+        return Block(start, stop, index, h, targets)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        stop = self.plan.n if stop is None else stop
+        for first in range(start, stop, self.plan.rows):
+            yield self.block(first, min(first + self.plan.rows, stop))
+
+    def _slabs(self) -> Iterator[tuple[int, int]]:
+        for v0 in range(0, self.V, self.plan.slab):
+            yield v0, min(v0 + self.plan.slab, self.V)
+
+    def _weight_slab(self, v0: int, v1: int) -> Tensor:
+        slab = self.weight[v0:v1]
+        if slab.dtype != self.hidden.dtype:  # rounded as autocast rounds it
+            slab = self._buffer("rounded", (v1 - v0, slab.shape[1]), self.hidden.dtype).copy_(slab)
+        if slab.dtype != self.operand:
+            slab = self._buffer("widened", (v1 - v0, slab.shape[1]), self.operand).copy_(slab)
+        return slab
+
+    def _bias_slab(self, v0: int, v1: int) -> Tensor | None:
+        return None if self.bias is None else self.bias[v0:v1].to(self.wide)
+
+    # ---- the two halves of a tile
+
+    def _logits(self, block: Block, weight: Tensor, out: Tensor) -> None:
+        if self.vocab_major:
+            torch.mm(weight, block.h.t(), out=out.t())
+        elif self.hidden.dtype == self.wide:
+            torch.mm(block.h, weight.t(), out=out)
+        else:
+            torch.mm(block.h, weight.t(), out_dtype=self.wide, out=out)
+
+    def forward(self, block: Block, keep: Tensor | None = None) -> R.RowState:
+        """Fold the whole vocabulary into the block's state. `keep` (align(n), V) receives u; else slabs are scratch."""
+        state = R.RowState.start(block.n, self.spec, self.device, self.wide)
+        for v0, v1 in self._slabs():
+            tile = self.new_tile(block.n, v1 - v0, "tile") if keep is None else keep[:, v0:v1]
+            self._logits(block, self._weight_slab(v0, v1), tile)
+            self.backend.row_stats(tile[: block.n], self._bias_slab(v0, v1), block.targets, v0, state, self.spec)
+        return state
+
+    def keep_exponentials(self, tile: Tensor, stats: R.RowStats, out: Tensor) -> None:
+        """Write exp(z − max) of a finished float32 tile (n, V) to 16-bit `out`."""
+        for v0, v1 in self._slabs():
+            self.backend.row_exp(tile[:, v0:v1], self._bias_slab(v0, v1), stats, self.spec, out[:, v0:v1])
+
+    def backward(
+        self, block: Block, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, tile: Tensor | None = None, *,
+        overwrite: bool = True, exponentials: bool = False,
+    ) -> None:  # fmt: skip
+        """Turn a tile into its gradient, slab by slab, and add it to the sinks.
+
+        tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless `overwrite`,
+        the tile is left as it is, for another backward.
+        """
+        if sinks.hidden is None and sinks.weight is None and sinks.bias is None:
+            return
+        spec = R.with_exponentials(self.spec) if exponentials else self.spec
+        scale = None
+        if self.operand == torch.float16:
+            coef, scale = R.rescale(coef)
+        index = None if sinks.compact else block.index
+        grad_rows = None if sinks.hidden is None else self._grad_rows(block, index, sinks.hidden)
+        for v0, v1 in self._slabs():
+            weight = self._weight_slab(v0, v1) if tile is None or grad_rows is not None else None
+            if tile is None:
+                u = self.new_tile(block.n, v1 - v0, "tile")
+                assert weight is not None
+                self._logits(block, weight, u)
+            else:
+                u = tile[:, v0:v1]
+            grad = self._grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
+            self.backend.row_grad(
+                u[: block.n], self._bias_slab(v0, v1), block.targets, v0, stats, coef, spec, grad[: block.n]
+            )
+            if sinks.bias is not None:
+                _add(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
+            if sinks.weight is not None:
+                self._add_weight(sinks, v0, v1, grad, block.h, scale)
+            if grad_rows is not None:
+                assert weight is not None
+                self._product(grad_rows, grad, weight, first=v0 == 0)
+        sinks.first = False
+        if sinks.hidden is not None:
+            assert grad_rows is not None
+            self._store_rows(sinks.hidden, block, index, grad_rows if scale is None else grad_rows.mul_(scale))
+
+    def _grad_tile(self, u: Tensor | None, n: int, v: int) -> Tensor:
+        """Where the gradient of a slab goes: over the tile itself, in 16 bits where the GEMMs want that, or to scratch."""
+        if u is None:
+            grad = self.new_tile(n, v, "tile", self.operand)
+        elif self.operand == u.dtype:
+            grad = u
+        else:
+            grad = u.view(self.operand)[:, :v]  # the first half of each row's memory
+        if align(n) != n:
+            grad[n:].zero_()
+        return grad
+
+    def _grad_rows(self, block: Block, index: Tensor | None, sink: Tensor) -> Tensor:
+        if index is None and sink.dtype == self.wide and block.n == align(block.n):
+            return sink[block.start : block.stop]
+        return self._buffer("grad_rows", (align(block.n), sink.shape[1]), self.wide)
+
+    def _store_rows(self, sink: Tensor, block: Block, index: Tensor | None, grad_rows: Tensor) -> None:
+        if index is not None:
+            sink.index_copy_(0, index, grad_rows[: block.n].to(sink.dtype))
+            return
+        out = sink[block.start : block.stop]
+        if out.data_ptr() != grad_rows.data_ptr():
+            out.copy_(grad_rows[: block.n])
+
+    def _product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+        """out (float32) = or += a @ b, accumulated in float32."""
+        beta = 0 if first else 1
+        if a.dtype == out.dtype:
+            torch.addmm(out, a, b, beta=beta, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+    def _add_weight(self, sinks: Sinks, v0: int, v1: int, grad: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        assert sinks.weight is not None
+        out = sinks.weight[v0:v1]
+        if scale is None and out.dtype == self.wide:
+            self._product(out, grad.t(), h, first=sinks.first)
+        elif (
+            scale is None and out.dtype == self.operand
+        ):  # one tile covers all rows: the GEMM rounds its float32 sum once
+            assert sinks.first
+            torch.mm(grad.t(), h, out=out)
+        else:
+            part = self._buffer("weight_part", (v1 - v0, h.shape[1]), self.wide)
+            self._product(part, grad.t(), h, first=True)
+            if sinks.first:
+                out.copy_(part if scale is None else part.mul_(scale))
+            else:
+                _add(out, part, scale)
+
+
+def _add(out: Tensor, part: Tensor, scale: Tensor | None) -> None:
+    if scale is None:
+        out.add_(part)
+    else:
+        out.addcmul_(part, scale.to(part.dtype))

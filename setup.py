@@ -14,7 +14,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/bindings.cpp")])
+SOURCES = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/bindings.cpp")]
+)
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
 
 
@@ -28,7 +30,10 @@ class OptionalBuildExt(build_ext):
                 raise CCompilerError(f"no C++ compiler ({compiler[0]}) was found")
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
-            print(f"fastalign: C++ kernels left out: {error}; the torch and triton backends work without them", file=sys.stderr)
+            print(
+                f"fastalign: C++ kernels left out: {error}; the torch and triton backends work without them",
+                file=sys.stderr,
+            )
             # A file left by an earlier build would be of other sources.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastalign import losses, ops
-    from fastalign.linear import linear_dpo_loss, linear_loss
+    from fastalign.linear import linear_dpo_loss
     from fastalign.ops.linear_logps import linear_logps
-    from fastalign.ops.sequence import sequence_logps
+    from fastalign.ops.linear_loss import linear_loss
+    from fastalign.ops.sequences import sequence_logps
     from fastalign.reference import ReferenceCache
     from fastalign.trainers import DPOConfig, DPOTrainer
     from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
@@ -38,9 +39,10 @@ __all__ = [
 
 # Where each public name lives; tests/test_imports.py holds this, the imports above and __all__ equal.
 _HOMES = {
-    "fastalign.linear": ["linear_dpo_loss", "linear_loss"],
+    "fastalign.linear": ["linear_dpo_loss"],
     "fastalign.ops.linear_logps": ["linear_logps"],
-    "fastalign.ops.sequence": ["sequence_logps"],
+    "fastalign.ops.linear_loss": ["linear_loss"],
+    "fastalign.ops.sequences": ["sequence_logps"],
     "fastalign.reference": ["ReferenceCache"],
     "fastalign.trainers": ["DPOConfig", "DPOTrainer"],
     "fastalign.types": ["IGNORE_INDEX", "LinearLogps", "LossOutput", "Metric"],

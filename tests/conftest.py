@@ -53,5 +53,7 @@ def shared_dir() -> Path:
     path = Path(os.environ.get("FASTALIGN_DATA") or REPOSITORY.parent / "shared")
     missing = [name for name in ("data", "models", "golden") if not (path / name).is_dir()]
     if missing:
-        pytest.skip(f"{path} has no {', '.join(missing)}; set FASTALIGN_DATA to the folder that holds data/, models/ and golden/")
+        pytest.skip(
+            f"{path} has no {', '.join(missing)}; set FASTALIGN_DATA to the folder that holds data/, models/ and golden/"
+        )
     return path

@@ -1,0 +1,65 @@
+# `make demo` and `make test` do all set-up themselves, in .venv; `make help` lists the rest.
+# PYTHON=/path/to/python3 chooses the interpreter of a new .venv; otherwise the first that fits is taken.
+
+FITS := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PYTEST := $(BIN)/pytest -q
+
+.PHONY: help setup demo test lint types unit interpret gpu long bench format clean distclean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
+
+$(BIN)/python:
+	@$(PYTHON) -c '$(FITS)' || { echo "fastalign needs Python 3.11, 3.12 or 3.13 with its venv module;" \
+		"none was found on the PATH (Debian: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The build's own requirements come first, pinned like the rest, so that the build needs no isolated environment.
+.venv/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "Installing fastalign and its tools into .venv (once; torch is large)"
+	@$(PIP) setuptools pybind11
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+setup: .venv/.installed ## the virtual environment and, where there is a compiler, the C++ kernels
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+demo: setup ## train a tiny model on a built-in language; about three minutes on two cores, no download
+	$(BIN)/fastalign demo
+
+test: lint types unit interpret ## everything CI runs
+
+lint: setup
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(PYTEST) -n 2 tests
+
+interpret: setup # a process of its own: Triton chooses its interpreter when a kernel is decorated
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels/interpreted
+
+gpu: setup ## the tests that need a CUDA device
+	$(PYTEST) -m gpu tests
+
+long: setup ## the studies that take minutes
+	$(PYTEST) -m long tests
+
+format: setup ## rewrite the tree as the linter wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove builds, caches and outputs of the demo
+	rm -rf build *.egg-info fastalign/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv

@@ -1,9 +1,11 @@
-"""The optional extension `fastalign._C`; everything else is declared in pyproject.toml.
+"""The optional extension `fastalign.kernels._C`; everything else is declared in pyproject.toml.
 
-The C++ row kernels include no torch header, so building them takes a C++17 compiler and pybind11, never torch. Where they
-cannot be built, the build says so in one line and goes on: the torch and triton backends do not need them.
+The C++ row kernels include no torch header, so building them takes a C++17 compiler and pybind11, never torch. Where
+they cannot be built, the build says so in one line and goes on: the torch and triton backends do not need them.
+FASTALIGN_BUILD_EXT=0 leaves them out on purpose.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -34,20 +36,20 @@ class OptionalBuildExt(build_ext):
                 f"fastalign: C++ kernels left out: {error}; the torch and triton backends work without them",
                 file=sys.stderr,
             )
-            # A file left by an earlier build would be of other sources.
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            for stale in [Path(self.get_ext_fullpath(ext.name)), *ROOT.glob("kernels/_C.*")]:  # of other sources
+                stale.unlink(missing_ok=True)
 
 
 ParallelCompile("NPY_NUM_BUILD_JOBS", default=0).install()  # one compiler process per core
 
 extension = Pybind11Extension(
-    "fastalign._C",
+    "fastalign.kernels._C",
     SOURCES,
-    include_dirs=["csrc/include", "csrc"],
+    include_dirs=["csrc/include"],
     depends=HEADERS,
     cxx_std=17,
     extra_compile_args=["/O2" if sys.platform == "win32" else "-O3"],
     optional=True,
 )
-setup(ext_modules=[extension] if SOURCES else [], cmdclass={"build_ext": OptionalBuildExt})
+wanted = SOURCES and os.environ.get("FASTALIGN_BUILD_EXT", "1") != "0"
+setup(ext_modules=[extension] if wanted else [], cmdclass={"build_ext": OptionalBuildExt})

@@ -19,11 +19,12 @@ $(BIN)/python:
 		"none was found on the PATH (Debian: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# The build's own requirements come first, pinned like the rest, so that the build needs no isolated environment.
+# The build's own requirements come first, pinned like the rest, so that the build needs no isolated environment. The
+# extension is left to `setup`, which compiles in place, only what has changed, and shows what the compiler says.
 .venv/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo "Installing fastalign and its tools into .venv (once; torch is large)"
 	@$(PIP) setuptools pybind11
-	@$(PIP) --no-build-isolation -e '.[dev]'
+	@FASTALIGN_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 setup: .venv/.installed ## the virtual environment and, where there is a compiler, the C++ kernels
@@ -58,7 +59,7 @@ format: setup ## rewrite the tree as the linter wants it
 	$(BIN)/ruff format
 
 clean: ## remove builds, caches and outputs of the demo
-	rm -rf build *.egg-info fastalign/_C*.so demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build *.egg-info kernels/_C.* demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

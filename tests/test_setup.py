@@ -22,7 +22,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "csrc/cpu").mkdir(parents=True)
     (tmp_path / "csrc/bindings.cpp").write_text("this is not C++\n")
-    (tmp_path / "fastalign").mkdir()
+    (tmp_path / "kernels").mkdir()
     return tmp_path
 
 
@@ -42,7 +42,7 @@ def test_without_a_compiler_the_build_says_so_in_one_line_and_succeeds(checkout)
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_failed_compilation_shows_what_the_compiler_says_and_removes_the_stale_file(checkout):
-    stale = checkout / f"fastalign/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale = checkout / f"kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.write_bytes(b"of other sources")
     os.utime(stale, (0, 0))
     result = build(checkout)

@@ -1,0 +1,110 @@
+"""Tokenised preference examples to padded batches. The one place that shifts labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastalign.types import IGNORE_INDEX
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Pads P pairs to a batch of 2P sequences, the P chosen ones first, on the right.
+
+    Takes examples with `prompt_ids`, `chosen_ids`, `rejected_ids` (sequences of token ids, none empty) and optionally
+    `ref_chosen_logps`, `ref_rejected_logps` (one float per completion id); other keys are left alone. Returns
+
+        input_ids, attention_mask   (2P, T) int64
+        targets                     (2P, T) int64, aligned with the hidden states: targets[b, t] = input_ids[b, t + 1]
+                                    if that is a completion token, else IGNORE_INDEX
+        rows                        (n,) numpy int64, ascending: flat indices b·T + t of the n targets that count
+        cu_seqlens                  (2P + 1,) numpy int32: sequence b has rows[cu_seqlens[b]:cu_seqlens[b + 1]]
+        ref_per_token_logps         (n,) float32 in the order of rows        } only if given
+        ref_logps                   (2P,) float32, their sums per sequence   }
+
+    T is the longest sequence, rounded up to a multiple of `pad_to_multiple_of`. `rows` and `cu_seqlens` are numpy so
+    that moving the batch to a device leaves them on the host, where they are needed. Lengths alone decide what is
+    padding: `pad_token_id` may be any token, the end-of-sequence token too.
+
+    ValueError: no examples, an empty list of ids, or reference log-probs that do not match the completions.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pad_token_id is None:
+            raise ValueError("pad_token_id is None; any token id will do, the end-of-sequence token's for one")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1 or None, got {self.pad_to_multiple_of}")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            raise ValueError("there are no examples to collate")
+        prompts = [_column(example, "prompt_ids", np.int64) for example in examples] * 2
+        completions = [_column(example, f"{side}_ids", np.int64) for side in _SIDES for example in examples]
+        prompt_lengths = np.array([len(ids) for ids in prompts])[:, None]
+        completion_lengths = np.array([len(ids) for ids in completions])
+        lengths = prompt_lengths + completion_lengths[:, None]  # (2P, 1)
+
+        padded = int(lengths.max())
+        if self.pad_to_multiple_of is not None:
+            padded += -padded % self.pad_to_multiple_of
+        positions = np.arange(padded)
+        real = positions < lengths
+        input_ids = np.full((len(prompts), padded), self.pad_token_id, dtype=np.int64)
+        input_ids[real] = np.concatenate([ids for pair in zip(prompts, completions, strict=True) for ids in pair])
+
+        # Position t predicts token t + 1: a completion's first token is predicted by the prompt's last.
+        counts = (positions >= prompt_lengths - 1) & (positions < lengths - 1)
+        targets = np.full_like(input_ids, IGNORE_INDEX)
+        targets[counts] = np.concatenate(completions)
+        cu_seqlens = np.concatenate([[0], np.cumsum(completion_lengths)]).astype(np.int32)
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "targets": torch.from_numpy(targets),
+            "rows": np.flatnonzero(counts),
+            "cu_seqlens": cu_seqlens,
+        }
+        return batch | _reference(examples, completion_lengths, cu_seqlens)
+
+
+def _column(example: Mapping[str, Any], key: str, dtype: type) -> np.ndarray:
+    values: np.ndarray = np.asarray(example[key], dtype=dtype)
+    if not len(values):
+        raise ValueError(f"{key} of {_name(example)} is empty")
+    return values
+
+
+def _name(example: Mapping[str, Any]) -> str:
+    return f"row {example['row']}" if "row" in example else "an example"
+
+
+def _reference(examples: Sequence[Mapping[str, Any]], lengths: np.ndarray, cu_seqlens: np.ndarray) -> dict[str, Any]:
+    keys = [f"ref_{side}_logps" for side in _SIDES]
+    given = {key in example for example in examples for key in keys}
+    if given == {False}:
+        return {}
+    if False in given:
+        raise ValueError(
+            f"some examples have {' or '.join(keys)} and some have not; give both with all of them or none"
+        )
+    logps = [_column(example, key, np.float32) for key in keys for example in examples]
+    for index, (values, length) in enumerate(zip(logps, lengths, strict=True)):
+        if len(values) != length:
+            side, example = _SIDES[index // len(examples)], examples[index % len(examples)]
+            raise ValueError(
+                f"ref_{side}_logps of {_name(example)} has {len(values)} values for {length} {side}_ids; "
+                "one for each is needed"
+            )
+    per_token = np.concatenate(logps)
+    sums = np.add.reduceat(per_token, cu_seqlens[:-1], dtype=np.float64).astype(np.float32)
+    return {"ref_per_token_logps": torch.from_numpy(per_token), "ref_logps": torch.from_numpy(sums)}

@@ -1,0 +1,119 @@
+"""Rows of one file: JSON lines, a JSON array, CSV or TSV (each also gzipped), Parquet.
+
+`datasets` has readers too, but they do not say which line is broken and cannot hold a row of the wrong type, and a bad
+row has to be reported with its number and its reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow
+import pyarrow.parquet
+
+from fastalign.data.rows import RowSource, Unreadable
+
+
+def read_file(path: Path, columns: Sequence[str] | None = None) -> RowSource:
+    """Opens a file by its suffix, one of FILE_SUFFIXES. ValueError: another suffix, or a file that cannot be read.
+
+    columns: keep only these, where present, of a columnar file; the other formats have to be parsed whole anyway.
+    """
+    name = str(path)
+    try:
+        if name.endswith(".parquet"):
+            return _read_parquet(name, columns)
+        for suffix, reader in _READERS.items():
+            if name.endswith((suffix, suffix + ".gz")):
+                with cast(IO[bytes], gzip.open(path) if name.endswith(".gz") else path.open("rb")) as stream:
+                    return reader(stream, name)
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    raise ValueError(f"{name} is not of a known type; accepted are {', '.join(FILE_SUFFIXES)}")
+
+
+def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name} cannot be read beyond line {number}: {error}") from error
+
+
+def _read_json_lines(stream: IO[bytes], name: str) -> RowSource:
+    # Parsed when read: the bytes take a fraction of the objects' memory.
+    lines = [(number, line) for number, line in _lines(stream, name) if line.strip()]
+    return RowSource(name, lambda i, j: [_parse_line(*line) for line in lines[i:j]], 0, len(lines))
+
+
+def _parse_line(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return Unreadable(f"line {number}: not UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Unreadable(f"line {number}: broken JSON at column {error.colno}: {error.msg}")
+    except RecursionError:
+        return Unreadable(f"line {number}: JSON nested too deep")
+
+
+def _read_json(stream: IO[bytes], name: str) -> RowSource:
+    """A .json file is one array of rows or, as many are, JSON lines under another name."""
+    start = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    if not start.startswith(b"["):
+        return _read_json_lines(stream, name)
+    try:
+        return RowSource.of(json.loads(stream.read().decode("utf-8-sig")), name)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 at byte {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def _read_csv(stream: IO[bytes], name: str, delimiter: str = ",") -> RowSource:
+    def decoded() -> Iterator[str]:
+        for number, line in _lines(stream, name):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name} is not UTF-8 at line {number}, byte {error.start + 1}") from error
+
+    rows: list[Any] = []
+    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # a transcript may be longer than the default of 128 KiB
+    try:
+        header = next(reader, [])
+        for values in reader:
+            if len(values) == len(header):
+                rows.append(dict(zip(header, values, strict=True)))
+            elif values:
+                rows.append(Unreadable(f"line {reader.line_num}: {len(values)} fields, the header has {len(header)}"))
+    except csv.Error as error:  # quoting is lost from here on, so this is not one bad row
+        raise ValueError(f"{name} is broken CSV at line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return RowSource.of(rows, name)
+
+
+def _read_parquet(name: str, columns: Sequence[str] | None) -> RowSource:
+    with pyarrow.parquet.ParquetFile(name) as file:
+        names = [column for column in file.schema_arrow.names if columns is None or column in columns]
+        table = file.read(columns=names)
+    return RowSource(name, lambda i, j: table.slice(i, j - i).to_pylist(), 0, table.num_rows)
+
+
+_READERS: dict[str, Callable[[IO[bytes], str], RowSource]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": lambda stream, name: _read_csv(stream, name, "\t"),
+}
+FILE_SUFFIXES = (*_READERS, *(suffix + ".gz" for suffix in _READERS), ".parquet")

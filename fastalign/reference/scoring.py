@@ -1,0 +1,203 @@
+"""Per-token log-probs of sequences under a transformers model: what a reference cache stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from fastalign.models import Head, fuse_head, unfuse_head
+from fastalign.models.causal import is_fused
+from fastalign.models.head import base_causal_lm
+from fastalign.ops import linear_logps
+from fastalign.reference.batches import plan_batches
+from fastalign.reference.identity import checked_adapter, unwrap
+from fastalign.reference.progress import track
+from fastalign.reference.sequences import TokenSequence
+from fastalign.types import IGNORE_INDEX
+
+DEFAULT_BATCH_TOKENS = 16_384
+
+
+def score(
+    model: nn.Module, sequences: Sequence[TokenSequence], *, adapter: str | None = None, temperature: float = 1.0,
+    autocast: torch.dtype | None = None, batch_tokens: int = DEFAULT_BATCH_TOKENS, progress: bool = False,
+) -> list[np.ndarray]:  # fmt: skip
+    """Log-probs of each sequence's completion, in the order given: float32 (len(input_ids) − completion_start,) each.
+
+    logps[i][t] = log p(input_ids[s + t] | input_ids[: s + t]),   s = completion_start, at the given temperature
+
+    model: a transformers causal LM or a PeftModel around one, possibly wrapped (DDP, FSDP, torch.compile), wherever it
+    is. adapter: as in ReferenceModel.from_model. autocast: as there. batch_tokens: padded tokens of one forward.
+    progress: show a bar with the time left. The model comes back as it was: modes, adapters, requires_grad; no random
+    number is drawn.
+    """
+    scorer = ModelScorer(model, adapter=adapter, temperature=temperature, autocast=autocast)
+    lengths = np.array([len(sequence[0]) for sequence in sequences], np.int64)
+    results: list[np.ndarray | None] = [None] * len(sequences)
+    with scorer, track(int(lengths.sum()), "log-probs", progress) as advance:
+        for batch in plan_batches(lengths, batch_tokens, scorer.length_boundary):
+            for index, values in zip(batch, scorer([TokenSequence(*sequences[int(i)]) for i in batch]), strict=True):
+                results[index] = values
+            advance(int(lengths[batch].sum()), len(batch))
+    return [values for values in results if values is not None]
+
+
+class ModelScorer:
+    """Scores one batch of sequences a call: one forward through the backbone, the head in tiles, no logits.
+
+    Usable inside `with scorer:`, which fuses the head for the time being and undoes it. Raises ValueError for a model
+    whose head cannot be fused or whose result for a sequence would depend on the others in its batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapter: str | None = None,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.adapter = model, adapter
+        self.temperature, self.autocast = temperature, autocast
+        self._inner = unwrap(model)
+        if adapter is not None:
+            checked_adapter(self._inner, adapter)
+        base = base_causal_lm(self._inner)
+        self._vocabulary = base.get_input_embeddings().weight.shape[0]
+        self._device = base.get_input_embeddings().weight.device
+        self.length_boundary, self._length_limit = _rope_lengths(base.config.get_text_config(decoder=True).to_dict())
+        self._fused_here = False
+
+    def __enter__(self) -> ModelScorer:
+        if not is_fused(self._inner):
+            with adapter_state(self._inner, self.adapter):  # what is verified is what will be scored
+                fuse_head(self._inner)
+            self._fused_here = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._fused_here:
+            unfuse_head(self._inner)
+            self._fused_here = False
+
+    def __call__(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
+        """One batch: arrays float32 (len(input_ids) − completion_start,), in order."""
+        input_ids, attention_mask, targets, rows = self._collate(sequences)
+
+        def head_fn(hidden: Tensor, head: Head) -> Tensor:
+            scored = targets.to(hidden.device)
+            out = linear_logps(hidden, head.weight, scored, temperature=self.temperature, rows=rows, **head.options)
+            return out.logps.flatten()[rows]
+
+        with _scoring(self._inner, self.adapter, self._device, self.autocast):
+            logps = self.model(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
+        counts = np.array([len(sequence.input_ids) - sequence.completion_start for sequence in sequences])
+        return np.split(logps.float().cpu().numpy(), counts.cumsum()[:-1])
+
+    def _collate(self, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids, attention_mask, targets (B, T), right padded; rows (n,): the flat positions that are scored."""
+        width = max(len(sequence.input_ids) for sequence in sequences)
+        if self._length_limit is not None and width > self._length_limit:
+            raise ValueError(
+                f"a sequence has {width} tokens; with dynamic RoPE, positions beyond {self._length_limit} depend on "
+                "the other sequences of a batch, so their log-probs cannot be cached: shorten max_length"
+            )
+        ids = np.zeros((len(sequences), width), np.int64)
+        mask = np.zeros((len(sequences), width), np.int64)
+        targets = np.full((len(sequences), width), IGNORE_INDEX, np.int64)
+        for row, (tokens, start) in enumerate(sequences):
+            length = len(tokens)
+            ids[row, :length] = np.asarray(tokens)
+            mask[row, :length] = 1
+            targets[row, start - 1 : length - 1] = ids[row, start:length]
+        if not 0 <= ids.min() <= ids.max() < self._vocabulary:  # on a GPU this would be an assertion in a kernel
+            worst = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(
+                f"token id {worst} is outside the model's vocabulary of {self._vocabulary}: another model's tokenizer?"
+            )
+        rows = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
+        input_ids, attention_mask = (torch.from_numpy(array).to(self._device) for array in (ids, mask))
+        return input_ids, attention_mask, torch.from_numpy(targets), rows
+
+
+@contextmanager
+def _scoring(
+    model: nn.Module, adapter: str | None, device: torch.device, autocast: torch.dtype | None
+) -> Iterator[None]:
+    """No autograd, evaluation mode, the reference's adapters, its autocast and no other, and the random state kept."""
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        # evaluation draws nothing in sane models; the guard makes it a promise
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"))
+        stack.enter_context(torch.autocast(device.type, dtype=autocast, enabled=autocast is not None))
+        stack.enter_context(adapter_state(model, adapter))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def adapter_state(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside: every adapter off, or only `adapter` on. Afterwards as before, requires_grad of every parameter included.
+
+    model: unwrapped. Works for PeftModel and for adapters that transformers injected.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not layers and not isinstance(model, PeftModel):
+        yield
+        return
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    enabled = [not layer.disable_adapters for layer in layers]
+    active = [list(layer.active_adapters) for layer in layers]
+    with ExitStack() as stack:
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            stack.enter_context(model.disable_adapter())  # its layers are not in the base model
+        try:
+            for layer in layers:
+                found = None if adapter is None else _available(layer, adapter)
+                if found is not None:
+                    layer.set_adapter([found])
+                layer.enable_adapters(found is not None)
+            yield
+        finally:
+            for layer, was_enabled, was_active in zip(layers, enabled, active, strict=True):
+                layer.set_adapter(was_active)
+                layer.enable_adapters(was_enabled)
+            for parameter, requires_grad in wanted:
+                parameter.requires_grad_(requires_grad)
+
+
+def _available(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter: str) -> str | None:
+    """`adapter` if this layer has it: one adapter may have fewer layers than another."""
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return layer.check_set_adapter(adapter)
+    return adapter if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names) else None
+
+
+def _rope_lengths(config: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(boundary, limit) of sequence lengths for RoPE variants that look at the longest sequence of a batch.
+
+    longrope takes one of two frequency sets, by whether the batch is longer than the original context: batches must not
+    mix the two. dynamic scales with the longest length: sequences beyond the context have no log-probs of their own.
+    """
+    rope = config.get("rope_parameters") or {}
+    variants = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    boundary = limit = None
+    for variant in variants:
+        if variant.get("rope_type") == "longrope":
+            boundary = variant.get("original_max_position_embeddings")
+        elif variant.get("rope_type") == "dynamic":
+            limit = config.get("max_position_embeddings")
+    return boundary, limit

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from fastalign.data.formats import Pair, TextPair
 from fastalign.data.report import Reason, RowError
 
@@ -83,11 +81,12 @@ class PairEncoder:
         if isinstance(pair, TextPair):
             return pair.prompt, pair.chosen, pair.rejected
         apply: Callable[..., str] = self.tokenizer.apply_chat_template
-        kwargs = {"tokenize": False, **pair.template_kwargs}
+        kwargs = pair.template_kwargs
         try:
-            prompt = apply(pair.prompt, add_generation_prompt=True, **kwargs)
-            whole = [apply([*pair.prompt, response], **kwargs) for response in (pair.chosen, pair.rejected)]
-        except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+            prompt = apply(pair.prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+            conversations = ([*pair.prompt, response] for response in (pair.chosen, pair.rejected))
+            whole = [apply(conversation, tokenize=False, **kwargs) for conversation in conversations]
+        except Exception as error:  # a template is a program of its own and may raise anything
             return RowError(Reason.TEMPLATE, f"{type(error).__name__}: {str(error)[:200]}")
         for name, text in zip(("chosen", "rejected"), whole, strict=True):
             if not text.startswith(prompt):

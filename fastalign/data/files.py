@@ -49,7 +49,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
 
 def _read_json_lines(stream: IO[bytes], name: str) -> RowSource:
     # Parsed when read: the bytes take a fraction of the objects' memory.
-    lines = [(number, line) for number, line in _lines(stream, name) if line.strip()]
+    lines = [(number, record) for number, line in _lines(stream, name) if (record := line.rstrip())]
     return RowSource(name, lambda i, j: [_parse_line(*line) for line in lines[i:j]], 0, len(lines))
 
 

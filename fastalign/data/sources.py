@@ -46,13 +46,13 @@ def load_rows(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1 or None, got {max_samples}")
     if isinstance(dataset, str | Path):
-        source = _open_named(str(dataset), split or DEFAULT_SPLIT, config, columns)
+        source = _open_named(str(dataset), split, config, columns)
     elif config is not None:
         raise ValueError(
             f"config {config!r} was given with a data set in memory; only hub data sets have configurations"
         )
     elif isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
-        name, bounds = _parse_split(split or DEFAULT_SPLIT)
+        name, bounds = _parse_split(split)
         if bounds and isinstance(dataset, datasets.IterableDatasetDict):
             raise ValueError(f"split {split!r}: a streamed data set cannot be sliced; use max_samples")
         source = _from_memory(_pick_split(dataset, name, "the DatasetDict"), max_samples, columns)
@@ -88,6 +88,7 @@ def _from_memory(dataset: Any, max_samples: int | None, columns: Sequence[str] |
 
 
 def _from_dataset(dataset: datasets.Dataset, name: str, columns: Sequence[str] | None) -> RowSource:
+    total = len(dataset)  # of which nothing is left without a column
     if columns is not None:
         dataset = dataset.select_columns([column for column in dataset.column_names if column in columns])
     dataset = dataset.with_format(None)  # a torch or numpy format would turn strings and lists into something else
@@ -96,14 +97,16 @@ def _from_dataset(dataset: datasets.Dataset, name: str, columns: Sequence[str] |
         batch = dataset[i:j]
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)] or [{}] * (j - i)
 
-    return RowSource(name, read, 0, len(dataset))
+    return RowSource(name, read, 0, total)
 
 
 # Splits ---------------------------------------------------------------------------------------------------------------
 
 
-def _parse_split(split: str) -> tuple[str, tuple[str | None, str | None] | None]:
-    """("train", None) for "train", ("train", ("10", "90%")) for "train[10:90%]"."""
+def _parse_split(split: str | None) -> tuple[str, tuple[str | None, str | None] | None]:
+    """("train", None) for "train", ("train", ("10", "90%")) for "train[10:90%]"; the default split for None."""
+    if split is None:
+        return DEFAULT_SPLIT, None
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise ValueError(f"split {split!r} is not understood; accepted are 'name', 'name[10:100]' and 'name[:90%]'")
@@ -134,13 +137,13 @@ def _pick_split(splits: Mapping[str, Any], name: str, where: str) -> Any:
 # Named ----------------------------------------------------------------------------------------------------------------
 
 
-def _open_named(name: str, split: str, config: str | None, columns: Sequence[str] | None) -> RowSource:
+def _open_named(name: str, split: str | None, config: str | None, columns: Sequence[str] | None) -> RowSource:
     split_name, bounds = _parse_split(split)
     source = _open_local(Path(name), split_name, columns)
     if source is None:
         source = _load_dataset(name, split_name, config, columns)
     elif config is not None:
-        raise ValueError(f"config {config!r} was given with {name}; only a hub data set has configurations")
+        raise ValueError(f"config {config!r} was given with {name}; only hub data sets have configurations")
     return _slice(source, bounds)
 
 

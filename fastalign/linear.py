@@ -14,7 +14,8 @@ from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ref_logps: Tensor, cu_seqlens: Tensor | None = None,
     beta: float = 0.1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, length_alpha: float = 0.0,
-    reduction: str = "mean", num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
+    reduction: str = "mean", num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None =
+    None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
 ) -> LossOutput:  # fmt: skip
@@ -26,11 +27,12 @@ def linear_dpo_loss(
         hidden: padded (2P, T, H), chosen responses in the first half of the batch and rejected in the second; or packed
             (N, H) with cu_seqlens (2P + 1,) on the host, sequences in the same order.
         weight: (V, H) the head. bias: (V,) or None.
-        targets: (2P, T) or (N,) int64, aligned with hidden (already shifted); `ignore_index` on prompt and padding, whose rows
-            cost nothing.
+        targets: (2P, T) or (N,) int64, aligned with hidden (already shifted); `ignore_index` on prompt and padding,
+            whose rows cost nothing.
         ref_logps: (2P,) float32, the reference's log-prob of each response, summed over its completion, in nats.
-        beta, loss_type, label_smoothing, length_alpha, reduction, num_items: as in `losses.dpo_loss`; |y| is the number of
-            scored tokens of a response. reduction="none" gives (P,) and scores everything before the loss (deferred).
+        beta, loss_type, label_smoothing, length_alpha, reduction, num_items: as in `losses.dpo_loss`; |y| is the number
+            of scored tokens of a response. reduction="none" gives (P,) and scores everything before the loss
+            (deferred).
         rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
         token_metrics: also `entropy` (nats, mean over completion tokens), `mean_token_accuracy`, `logits/chosen` and
             `logits/rejected` (mean over tokens and vocabulary), as TRL logs them.
@@ -69,7 +71,8 @@ def linear_dpo_loss(
         denominator = max(pairs, 1) if num_items is None else num_items
     return linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, groups=groups, inputs={"ref_logps": ref_logps},
-        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics, mean_logits=token_metrics,
+        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
+        mean_logits=token_metrics,
         reduce=reduction != "none", **head,
     )  # fmt: skip
 
@@ -83,7 +86,8 @@ def linear_cross_entropy(
     """Cross-entropy of a linear head, −Σ logps / D, streamed token by token: three GEMMs, no logits.
 
     Args:
-        hidden: (..., H); targets: (...) int64, aligned with hidden, `ignore_index` where not scored. weight (V, H), bias (V,).
+        hidden: (..., H); targets: (...) int64, aligned with hidden, `ignore_index` where not scored. weight (V, H),
+            bias (V,).
         reduction: "mean" over scored tokens, "sum", or "none": (...), 0 where ignored, which scores everything first.
         num_items: denominator of "mean", the scored tokens over all micro-batches and processes; None: those at hand.
         token_metrics: also `entropy` and `mean_token_accuracy`.

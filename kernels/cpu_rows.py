@@ -28,13 +28,22 @@ def instruction_set() -> str:
 
 @functools.cache
 def _share_openmp() -> None:
-    """Hand the kernels torch's OpenMP runtime. Its symbols are private to torch's libraries, so it is opened by its path."""
+    """Hand the kernels torch's OpenMP runtime. Its symbols are private to torch's libraries, so it is opened by its
+    path.
+    """
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
-    candidates = [p for name in ("libgomp*", "libiomp5*", "libomp*") for p in sorted(glob.glob(os.path.join(folder, name)))]
+    candidates = [
+        p for name in ("libgomp*", "libiomp5*", "libomp*") for p in sorted(glob.glob(os.path.join(folder, name)))
+    ]
     for path in [*candidates, "libgomp.so.1"]:
         try:
-            library = ctypes.CDLL(path, mode=getattr(os, "RTLD_NOLOAD", 0) | os.RTLD_LAZY)  # only if torch has loaded it
-            addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_thread_num")]
+            library = ctypes.CDLL(
+                path, mode=getattr(os, "RTLD_NOLOAD", 0) | os.RTLD_LAZY
+            )  # only if torch has loaded it
+            addresses = [
+                ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+                for name in ("GOMP_parallel", "omp_get_thread_num")
+            ]
         except (OSError, AttributeError):
             continue
         _C.use_openmp(*addresses)
@@ -52,21 +61,26 @@ def _check(tile: Tensor, *rows: Tensor | None) -> None:
 
 
 def row_stats(
-    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, values: Tensor, argmax: Tensor | None, *, in_scale: float,
+    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, values: Tensor, argmax: Tensor | None, *, in_scale:
+    float,
     out_scale: float, softcap: bool, entropy: bool, sum_sq: bool, sum_z: bool,
 ) -> None:  # fmt: skip
-    """tile (n, v) float32; bias (v,) float32; targets (n,) int64; values (6, n) float32 and argmax (n,) int64, in place."""
+    """tile (n, v) float32; bias (v,) float32; targets (n,) int64; values (6, n) float32 and argmax (n,) int64, in
+    place.
+    """
     _check(tile, bias, targets, values, argmax)
     n, v = tile.shape
     logits = _C.Logits(in_scale, out_scale, softcap, _address(bias))
     _C.row_stats(
-        tile.data_ptr(), tile.stride(1), n, v, logits, targets.data_ptr(), v0, values.data_ptr(), _address(argmax), entropy,
+        tile.data_ptr(), tile.stride(1), n, v, logits, targets.data_ptr(), v0, values.data_ptr(), _address(argmax),
+        entropy,
         sum_sq, sum_z, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def row_grad(
-    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, max: Tensor, log_sum: Tensor, base: Tensor, target: Tensor,
+    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, max: Tensor, log_sum: Tensor, base: Tensor, target:
+    Tensor,
     entropy: Tensor | None, out: Tensor, *, in_scale: float, out_scale: float, softcap: bool,
 ) -> None:  # fmt: skip
     """tile (n, v) float32, or bfloat16 exponentials; out (n, v) float32, which may be the tile."""
@@ -76,7 +90,8 @@ def row_grad(
     n, v = tile.shape
     logits = _C.Logits(in_scale, out_scale, softcap, _address(bias))
     _C.row_grad(
-        tile.data_ptr(), tile.stride(1), n, v, tile.dtype == torch.bfloat16, logits, targets.data_ptr(), v0, max.data_ptr(),
+        tile.data_ptr(), tile.stride(1), n, v, tile.dtype == torch.bfloat16, logits, targets.data_ptr(), v0,
+        max.data_ptr(),
         log_sum.data_ptr(), base.data_ptr(), target.data_ptr(), _address(entropy), out.data_ptr(), out.stride(1),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -90,4 +105,14 @@ def row_exp(
     assert out.dtype == torch.bfloat16
     n, v = tile.shape
     logits = _C.Logits(in_scale, out_scale, softcap, _address(bias))
-    _C.row_exp(tile.data_ptr(), tile.stride(1), n, v, logits, max.data_ptr(), out.data_ptr(), out.stride(1), torch.get_num_threads())
+    _C.row_exp(
+        tile.data_ptr(),
+        tile.stride(1),
+        n,
+        v,
+        logits,
+        max.data_ptr(),
+        out.data_ptr(),
+        out.stride(1),
+        torch.get_num_threads(),
+    )

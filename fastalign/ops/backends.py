@@ -1,11 +1,12 @@
-"""Which implementation of the row kernels serves a tensor. The only reader of environment variables and device capability.
+"""Which implementation of the row kernels serves a tensor. The only reader of environment variables and device
+capability.
 
     torch    plain PyTorch, any device
     cpu      C++ (csrc/cpu): threads and SIMD, needs the compiled extension
     triton   CUDA or ROCm tensors; CPU tensors only under TRITON_INTERPRET=1
 
-`backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had. A backend that
-is named and cannot run raises ValueError with the reason; nothing falls back in silence.
+`backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had. A backend
+that is named and cannot run raises ValueError with the reason; nothing falls back in silence.
 """
 
 from __future__ import annotations

@@ -23,10 +23,18 @@ def row_stats(tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, state
 
 
 def row_grad(
-    tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, stats: R.RowStats, coef: R.RowCoef, spec: R.RowSpec, out: Tensor
+    tile: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    v0: int,
+    stats: R.RowStats,
+    coef: R.RowCoef,
+    spec: R.RowSpec,
+    out: Tensor,
 ) -> None:
     cpu_rows.row_grad(
-        tile, bias, targets.contiguous(), v0, stats.max.contiguous(), stats.log_sum.contiguous(), coef.base.contiguous(),
+        tile, bias, targets.contiguous(), v0, stats.max.contiguous(), stats.log_sum.contiguous(),
+        coef.base.contiguous(),
         coef.target.contiguous(), None if coef.entropy is None else coef.entropy.contiguous(), out, **_scales(spec),
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,3 +113,40 @@ def frozen_backward(
             out[part].copy_(grad)
         else:
             out.index_copy_(0, block.index, grad.to(out.dtype))
+
+
+def mean_logits(tiles: Tiles, state: R.RowState) -> Tensor:
+    """mean_v z_v; without a softcap it is linear in hidden and needs the vocabulary's mean row only."""
+    spec = tiles.spec
+    if spec.softcap:
+        return state.values[R.SUM_Z] / tiles.V
+    mean_row = tiles.weight.mean(0, dtype=tiles.wide)
+    shift = 0.0 if tiles.bias is None else tiles.bias.mean(dtype=tiles.wide)
+    parts = [block.h[: block.n].to(tiles.wide) @ mean_row for block in tiles.blocks()]
+    means = torch.cat(parts) if parts else mean_row.new_empty(0)
+    return (means + shift) * spec.in_scale
+
+
+def make_sinks(tiles: Tiles, needs: Sequence[bool], *, accumulate: bool = False) -> Sinks:
+    """Gradient buffers: in the result's dtype where it is written once (or is wide), else a wide accumulator."""
+    N, V = tiles.hidden.shape[0], tiles.V
+    whole = tiles.rows is None and not accumulate
+    hidden = weight = bias = None
+    if needs[0]:
+        dtype = tiles.wide if accumulate else tiles.hidden.dtype
+        new = tiles.hidden.new_empty if whole else tiles.hidden.new_zeros
+        hidden = new((N, tiles.hidden.shape[1]), dtype=dtype)
+    if needs[1]:
+        one_tile = not accumulate and tiles.plan.n <= tiles.plan.rows and not 0 < tiles.plan.kept_rows < tiles.plan.n
+        dtype = tiles.weight.dtype if one_tile else torch.promote_types(tiles.weight.dtype, torch.float32)
+        weight = (tiles.weight.new_empty if tiles.plan.n else tiles.weight.new_zeros)(tiles.weight.shape, dtype=dtype)
+    if needs[2]:
+        bias = tiles.weight.new_zeros(V, dtype=tiles.wide)
+    return Sinks(hidden, weight, bias)
+
+
+def finish_sinks(tiles: Tiles, sinks: Sinks) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden = None if sinks.hidden is None else sinks.hidden.to(tiles.hidden.dtype)
+    weight = None if sinks.weight is None else sinks.weight.to(tiles.weight.dtype)
+    bias = None if sinks.bias is None or tiles.bias is None else sinks.bias.to(tiles.bias.dtype)
+    return hidden, weight, bias

@@ -1,4 +1,6 @@
-"""Which scored rows, sequences and groups of a streamed loss go together: integers on the host, worked out once per call."""
+"""Which scored rows, sequences and groups of a streamed loss go together: integers on the host, worked out once per
+call.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_logps import scored_rows
+from fastalign.ops.arguments import scored_rows
 from fastalign.types import LinearLogps
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Some whole groups: their sequences (ascending), scored rows, and positions of those rows among all scored rows."""
+    """Some whole groups: their sequences (ascending) and the positions of their rows among all scored rows."""
 
     sequences: np.ndarray
     positions: np.ndarray
@@ -38,7 +40,8 @@ class Chunk:
         if not isinstance(losses, Tensor) or tuple(losses.shape) != expected:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"loss_fn must return one loss per {'token' if layout.by_token else 'group'}, shape {expected}; got {got}"
+                f"loss_fn must return one loss per {'token' if layout.by_token else 'group'}, shape {expected}; "
+                f"got {got}"
             )
         return losses
 
@@ -129,7 +132,8 @@ def _boundaries(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, by_t
     if cu_seqlens is None:
         if targets.dim() != 2:
             raise ValueError(
-                f"give padded hidden (B, T, H), or packed hidden (N, H) with cu_seqlens; got hidden {tuple(hidden.shape)}"
+                f"give padded hidden (B, T, H), or packed hidden (N, H) with cu_seqlens; got hidden "
+                f"{tuple(hidden.shape)}"
             )
         return np.arange(targets.shape[0] + 1) * targets.shape[1]
     if targets.dim() != 1:
@@ -143,7 +147,8 @@ def _boundaries(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, by_t
         or (np.diff(bounds) < 0).any()
     ):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {targets.numel()}, got {bounds.tolist()[:8]}{' …' if len(bounds) > 8 else ''}"
+            f"cu_seqlens must rise from 0 to N = {targets.numel()}, got "
+            f"{bounds.tolist()[:8]}{' …' if len(bounds) > 8 else ''}"
         )
     return bounds
 

@@ -1,11 +1,13 @@
 """Streamed losses: head and any group-separable loss in one pass of three GEMMs.
 
-A loss L = Σ_g ℓ_g / D whose denominator D does not depend on the log-probs gives the gradient of a group's log-probs as soon
-as that group is scored. So whole groups are taken in chunks that fit the workspace: logits tile → log-probs → the loss
-function → its gradient by autograd on the chunk's log-probs → gradient over the tile in place → the two gradient GEMMs.
-A group too large for the workspace runs deferred inside itself: its logits are computed twice, but for its last tile.
+A loss L = Σ_g ℓ_g / D whose denominator D does not depend on the log-probs gives the gradient of a group's log-probs as
+soon as that group is scored. So whole groups are taken in chunks that fit the workspace: logits tile → log-probs → the
+loss function → its gradient by autograd on the chunk's log-probs → gradient over the tile in place → the two gradient
+GEMMs. A group too large for the workspace runs deferred inside itself: its logits are computed twice, but for its last
+tile.
 
-A Python function cannot enter a custom op, so this is a `torch.autograd.Function` behind one graph break under torch.compile.
+A Python function cannot enter a custom op, so this is a `torch.autograd.Function` behind one graph break under
+torch.compile.
 """
 
 from __future__ import annotations
@@ -17,18 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.ops import backends
+from fastalign.ops import backends, engine
 from fastalign.ops import rows as R
+from fastalign.ops.arguments import check_head, needed_gradients, row_spec, workspace_bytes
 from fastalign.ops.groups import Chunk, Layout
-from fastalign.ops.linear_logps import (
-    check_head,
-    linear_logps,
-    make_sinks,
-    mean_logits_of,
-    needed_gradients,
-    row_spec,
-    workspace_bytes,
-)  # fmt: skip
+from fastalign.ops.linear_logps import linear_logps
 from fastalign.ops.schedule import plan
 from fastalign.ops.tiles import Sinks, Tiles
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
@@ -41,8 +36,9 @@ MetricsFn = Callable[..., dict[str, Metric]]
 def linear_loss(
     loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None,
     groups: Tensor | Sequence[int] | str | None = None, inputs: Mapping[str, Tensor] | None = None,
-    denominator: float | Tensor | None = 1.0, reduce: bool = True, entropy: bool = False, top1: bool = False, mean_logits: bool = False,
-    rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
+    denominator: float | Tensor | None = 1.0, reduce: bool = True, entropy: bool = False, top1: bool = False,
+    mean_logits: bool = False, rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, metrics_fn: MetricsFn | None = None,
     backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
 ) -> LossOutput:  # fmt: skip
@@ -51,12 +47,12 @@ def linear_loss(
         loss = Σ_g ℓ_g / denominator,     ℓ = loss_fn(LinearLogps, cu_seqlens, **inputs)
 
     Args:
-        loss_fn: pure function of a chunk of whole groups. It gets the log-probs of the chunk's *scored* tokens (n,), packed
-            sequence after sequence in ascending sequence order (`entropy` only if asked for), `cu_seqlens` (S' + 1,) int32 on
-            the host over them, so that its differences are the completion lengths |y|, and the chunk's part of `inputs`. It
-            returns one loss per group (G',), in the order of the groups' first sequences.
+        loss_fn: pure function of a chunk of whole groups. It gets the log-probs of the chunk's *scored* tokens (n,),
+            packed sequence after sequence in ascending sequence order (`entropy` only if asked for), `cu_seqlens` (S' +
+            1,) int32 on the host over them, so that its differences are the completion lengths |y|, and the chunk's
+            part of `inputs`. It returns one loss per group (G',), in the order of the groups' first sequences.
         hidden: padded (B, T, H), each row of the batch a sequence; or packed (N, H) with cu_seqlens.
-        weight (V, H), bias (V,), targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb: as in
+        weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb: as in
             linear_logps; rows must ascend.
         cu_seqlens: (S + 1,) int32 on the host, over all N tokens.
         groups: (S,) integers on the host, which sequences belong together; None: every sequence is its own group;
@@ -64,14 +60,16 @@ def linear_loss(
         inputs: tensors the loss needs, none requiring grad: per sequence (S, ...) or per token (targets' shape).
         denominator: D, a number or a 0-dim tensor; None: the number of scored tokens.
         reduce: False returns the losses of all groups (G,), undivided; they are then scored before the loss.
-        metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all inputs.
+        metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
+            inputs.
         top1, mean_logits: further outputs for metrics_fn.
-        schedule: "auto" and "streamed" stream; "deferred", "cached" and "frozen" score everything first and let autograd apply
-            loss_fn to all groups at once.
+        schedule: "auto" and "streamed" stream; "deferred", "cached" and "frozen" score everything first and let
+            autograd apply loss_fn to all groups at once.
     Returns:
         LossOutput(loss, metrics): 0-dim float32. An empty batch gives 0, attached to the graph.
     Raises:
-        ValueError: as linear_logps, and for inputs that require grad or fit neither shape, or a loss_fn of the wrong shape.
+        ValueError: as linear_logps, and for inputs that require grad or fit neither shape, or a loss_fn of the wrong
+            shape.
         RuntimeError: a second backward through the streamed loss (its gradients were handed out by the first).
     """
     hidden, weight, bias = check_head(hidden, weight, targets, bias, rows)
@@ -93,9 +91,9 @@ def linear_loss(
         scored = job.scored
     else:
         out = linear_logps(
-            flat, weight, targets.reshape(-1), bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-            ignore_index=ignore_index, entropy=entropy, top1=top1, mean_logits=mean_logits, rows=layout.rows, backend=backend,
-            schedule=schedule, workspace_mb=workspace_mb,
+            flat, weight, targets.reshape(-1), bias=bias, temperature=temperature, logit_scale=logit_scale,
+            softcap=softcap, ignore_index=ignore_index, entropy=entropy, top1=top1, mean_logits=mean_logits,
+            rows=layout.rows, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
         )  # fmt: skip
         everything = layout.everything()
         index = layout.rows_on(flat.device)
@@ -135,11 +133,12 @@ class _Job:
         sizes = layout.group_rows()
         bound = plan(
             n, hidden.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=device_type,
-            needs=self.needs, group_rows=int(sizes.max(initial=1)), workspace_bytes=self.workspace, num_tokens=hidden.shape[0],
+            needs=self.needs, group_rows=int(sizes.max(initial=1)), workspace_bytes=self.workspace,
+            num_tokens=hidden.shape[0],
         )  # fmt: skip
         all_rows = layout.rows_on(hidden.device)
         tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, bound, backends.resolve(self.backend, hidden))
-        sinks = make_sinks(tiles, self.needs, accumulate=True)
+        sinks = engine.make_sinks(tiles, self.needs, accumulate=True)
         states: list[R.RowState] = []
         positions: list[np.ndarray] = []
         total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
@@ -191,7 +190,7 @@ class _Job:
         targets = tiles.targets.index_select(0, tiles.rows) if tiles.rows is not None else tiles.targets
         return LinearLogps(
             stats.logps, stats.lse, stats.entropy, state.argmax == targets if self.spec.top1 else None, None,
-            mean_logits_of(tiles, state) if self.mean_logits else None,
+            engine.mean_logits(tiles, state) if self.mean_logits else None,
         )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """The row kernels' contract, and its plain PyTorch version.
 
-A *tile* holds head outputs `u = hidden @ weight.T` for n rows (tokens) and a slab of v vocabulary columns that starts at
-`v0`: shape (n, v), float32, any strides (CPU tiles are vocabulary-major: the transpose of a contiguous (v, n) buffer).
-A backend supplies these functions on tiles, and nothing else:
+A *tile* holds head outputs `u = hidden @ weight.T` for n rows (tokens) and a slab of v vocabulary columns that starts
+at `v0`: shape (n, v), float32, any strides (CPU tiles are vocabulary-major: the transpose of a contiguous (v, n)
+buffer). A backend supplies these functions on tiles, and nothing else:
 
-    row_stats(tile, bias, targets, v0, state, spec)                   folds the tile into the running `RowState`
-    row_grad(tile, bias, targets, v0, stats, coef, spec, out)         writes ∂L/∂u of the tile to `out` (which may be the tile)
-    row_exp(tile, bias, stats, spec, out)                             writes exp(z − max) in 16 bits, for the cached schedule
+    row_stats(tile, bias, targets, v0, state, spec)             folds the tile into the running `RowState`
+    row_grad(tile, bias, targets, v0, stats, coef, spec, out)   writes ∂L/∂u of the tile to `out`, which may be the tile
+    row_exp(tile, bias, stats, spec, out)                       writes exp(z − max) in 16 bits, for the cached schedule
 
 With `spec.exp_tile` row_grad gets such a 16-bit tile of exponentials E instead of u: p = E·exp(−log_sum). That mode has
 no softcap and no entropy coefficient. Tiles are float32; float64 inputs (gradient checks) make them float64, here only.
@@ -16,7 +16,7 @@ With b = bias[v0:v0+v] (or 0), the logits are
     z = out_scale · tanh(in_scale · (u + b))   with a softcap,      z = in_scale · (u + b)   without one.
 
 Everything per row that does not need the vocabulary (log-probs, entropy, gradient coefficients) is computed here, once,
-for all backends, on vectors of length n. Formulas: FORMULAS §1 of the design notes, repeated in the docstrings.
+for all backends, on vectors of length n. The formulas stand in the docstrings.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class RowSpec:
 
     @classmethod
     def make(
-        cls, *, temperature: float, logit_scale: float, softcap: float | None, entropy: bool = False, top1: bool = False,
+        cls, *, temperature: float, logit_scale: float, softcap: float | None, entropy: bool = False, top1: bool =
+        False,
         sum_sq: bool = False, sum_z: bool = False,
     ) -> RowSpec:  # fmt: skip
         flags = {"entropy": entropy, "top1": top1, "sum_sq": sum_sq, "sum_z": sum_z}
@@ -79,7 +80,7 @@ class RowState(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Finished rows, each (n,) float32: lse = max + log_sum. `max` and `log_sum` stay apart because their sum rounds."""
+    """Finished rows, each (n,) float32. lse = max + log_sum; the two stay apart because their sum rounds."""
 
     max: Tensor
     log_sum: Tensor
@@ -93,7 +94,7 @@ class RowStats(NamedTuple):
 
 
 class RowCoef(NamedTuple):
-    """Per-row numbers, each (n,) float32, that turn a tile into its gradient (entropy is None when it gets no gradient):
+    """Per-row numbers, each (n,) float32, that turn a tile into its gradient; `entropy` is None when it gets none.
 
         G_v = p_v·(base − entropy·(z_v − lse))   for v ≠ y,      G_y = target,      ∂L/∂u = G · dz/du
 

@@ -2,7 +2,8 @@
 
     schedule    when ∂L/∂logps is known               GEMMs (1 GEMM = 2·N·H·V FLOP)
     forward     never: no gradient is needed          1
-    deferred    in backward, after any loss           2 + one per gradient (hidden, weight): the logits are computed twice
+    deferred    in backward, after any loss           2 + one per gradient (hidden, weight): the logits are computed
+    twice
     cached      as deferred, but the logits (float32 inputs) or exp(z − max) (16-bit inputs) of `kept_rows` rows stay
                                                       between (1 + gradients) and (2 + gradients)
     frozen      in backward; only hidden needs one    2: the forward keeps D = Σ_v (onehot − p)_v ∂z_v/∂u_v W_v per row
@@ -34,8 +35,9 @@ ROW_ALIGN = 16  # GEMMs are markedly slower on row counts that are not a multipl
 class Plan:
     """What one call does and what it allocates; every `*_bytes` is exact up to per-row vectors of a few float32.
 
-    gradient_bytes: the gradients returned; accumulator_bytes: one float32 accumulator per 16-bit gradient that is summed
-    over tiles; saved_bytes: what lives from forward to backward (part of the budget for "cached", N × H for "frozen").
+    gradient_bytes: the gradients returned; accumulator_bytes: one float32 accumulator per 16-bit gradient that is
+    summed over tiles; saved_bytes: what lives from forward to backward (part of the budget for "cached", N × H for
+    "frozen").
     """
 
     schedule: str
@@ -64,7 +66,8 @@ class Plan:
     def __str__(self) -> str:
         mib = 2**20
         return (
-            f"{self.schedule}: {self.reason}; {self.n} rows in tiles of {self.rows} × {self.slab}, {self.gemms:.2f} GEMMs; "
+            f"{self.schedule}: {self.reason}; {self.n} rows in tiles of {self.rows} × {self.slab}, "
+            f"{self.gemms:.2f} GEMMs; "
             f"{self.predicted_bytes / mib:.1f} MiB beside the inputs (workspace {self.workspace_bytes / mib:.1f}, "
             f"gradients {self.gradient_bytes / mib:.1f}, accumulators {self.accumulator_bytes / mib:.1f}, "
             f"saved {self.saved_bytes / mib:.1f})"
@@ -121,7 +124,8 @@ def plan(
     """Choose the schedule for n scored rows.
 
     Args:
-        n: rows that count (ignored ones are dropped before). `num_tokens`: all rows of hidden, for the gradient's bytes.
+        n: rows that count (ignored ones are dropped before). `num_tokens`: all rows of hidden, for the gradient's
+            bytes.
         H, V: hidden size, vocabulary size.
         dtype: the compute dtype (hidden's); weight_dtype: the weight's own, if another (autocast).
         device_type: "cpu" or "cuda".
@@ -234,7 +238,8 @@ def _kept(
     if half and (not cacheable or dtype == torch.float16):
         if name == "cached":
             raise ValueError(
-                "schedule='cached' cannot keep exponentials for float16 inputs, nor for 16-bit inputs with a softcap or an "
+                "schedule='cached' cannot keep exponentials for float16 inputs, nor for 16-bit inputs with a "
+                "softcap or an "
                 "entropy output; take 'deferred'"
             )
         return 0, 0, 0

@@ -15,9 +15,10 @@ def sequence_logps(
 
     Args:
         per_token_logps: padded (B, T), or packed (N,) with cu_seqlens. float32.
-        mask: bool, per_token_logps' shape, True = completion token. None counts every token. Values under the mask,
-            NaN included, do not leak.
-        cu_seqlens: (B + 1,) int32 or int64, starting at 0 and ending at N: sequence b is tokens cu_seqlens[b]:cu_seqlens[b+1].
+        mask: bool, per_token_logps' shape, True = completion token. None counts every token. Values under the mask, NaN
+            included, do not leak.
+        cu_seqlens: (B + 1,) int32 or int64, starting at 0 and ending at N: sequence b is tokens
+            cu_seqlens[b]:cu_seqlens[b+1].
         reduction: "sum" or "mean"; the mean of an empty sequence is 0.
     Returns:
         (B,) in per_token_logps' dtype.

@@ -1,12 +1,12 @@
-"""One tile of the head, forward and backward: GEMM → row kernel → GEMMs, slab by slab. All schedules are loops over this.
+"""One tile of the head: GEMM → row kernel → GEMMs, slab by slab. All schedules are loops over this.
 
-`Tiles` binds the inputs of one call (hidden, weight, bias, targets, the rows that count) to a backend and a plan, and owns
-the workspace. A tile's rows are gathered into a padded buffer (GEMMs like row counts that are multiples of 16; padding
-rows are zero and take no part in the row kernels). On the CPU tiles are vocabulary-major, (slab, rows) in memory, which
-is the orientation its GEMMs are fastest in; elsewhere they are token-major.
+`Tiles` binds the inputs of one call (hidden, weight, bias, targets, the rows that count) to a backend and a plan, and
+owns the workspace. A tile's rows are gathered into a padded buffer (GEMMs like row counts that are multiples of 16;
+padding rows are zero and take no part in the row kernels). On the CPU tiles are vocabulary-major, (slab, rows) in
+memory, which is the orientation its GEMMs are fastest in; elsewhere they are token-major.
 
-16-bit inputs: logits are float32 always. On the CPU slabs of the weight are widened inside the workspace; on CUDA the GEMM
-writes float32 (`out_dtype`) and the gradient is written in 16 bits over the tile.
+16-bit inputs: logits are float32 always. On the CPU slabs of the weight are widened inside the workspace; on CUDA the
+GEMM writes float32 (`out_dtype`) and the gradient is written in 16 bits over the tile.
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from fastalign.ops.schedule import Plan, align
 
 @dataclass(slots=True)
 class Sinks:
-    """Where gradients go; None is not needed. Each is float32 (or float64), or a 16-bit result written exactly once.
+    """Where gradients go; None is not needed. Each is float32 (or float64), or a 16-bit result written exactly once."""
 
-    hidden (N, H): rows of a tile are written once, when the tile is done; with `compact`, (n, H) in the order of the rows.
-    weight (V, H): `first` says that nothing has been added to it yet, so that it needs no zeroing.
-    bias (V,): always accumulated, so it starts at zero.
-    """
-
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    first: bool = True
-    compact: bool = False
+    hidden: Tensor | None = None  # (N, H); rows of a tile are written once, when the tile is done
+    weight: Tensor | None = None  # (V, H)
+    bias: Tensor | None = None  # (V,); always added to, so it starts at zero
+    first: bool = True  # nothing has been added to `weight` yet, so it needs no zeroing
+    compact: bool = False  # `hidden` is (n, H), in the order of the scored rows
 
 
 @dataclass(slots=True)
@@ -57,11 +52,13 @@ class Tiles:
     """Inputs of one call, bound to a backend and a plan.
 
     hidden (N, H) in the compute dtype; weight (V, H) in the compute dtype or a wider one (rounded to it slab by slab);
-    bias (V,) or None; targets (N,) int64; rows (n,) int64, the rows that count in the order they are worked on, or None for all.
+    bias (V,) or None; targets (N,) int64; rows (n,) int64, the rows that count in the order they are worked on, or None
+    for all.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec: R.RowSpec,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec:
+        R.RowSpec,
         plan: Plan, backend: Backend,
     ) -> None:  # fmt: skip
         self.hidden, self.weight, self.bias, self.targets, self.rows = hidden, weight, bias, targets, rows
@@ -159,8 +156,8 @@ class Tiles:
     ) -> None:  # fmt: skip
         """Turn a tile into its gradient, slab by slab, and add it to the sinks.
 
-        tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless `overwrite`,
-        the tile is left as it is, for another backward.
+        tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless
+            `overwrite`, the tile is left as it is, for another backward.
         """
         if sinks.hidden is None and sinks.weight is None and sinks.bias is None:
             return
@@ -195,7 +192,7 @@ class Tiles:
             self._store_rows(sinks.hidden, block, index, grad_rows if scale is None else grad_rows.mul_(scale))
 
     def _grad_tile(self, u: Tensor | None, n: int, v: int) -> Tensor:
-        """Where the gradient of a slab goes: over the tile itself, in 16 bits where the GEMMs want that, or to scratch."""
+        """Where a slab's gradient goes: over the tile (in 16 bits where the GEMMs want that), or to scratch."""
         if u is None:
             grad = self.new_tile(n, v, "tile", self.operand)
         elif self.operand == u.dtype:

@@ -1,0 +1,109 @@
+"""What every entry point of the fused head checks and works out of its arguments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import rows as R
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def workspace_bytes(workspace_mb: float | None, device_type: str) -> int:
+    if workspace_mb is None:
+        workspace_mb = DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cuda"])
+    if not workspace_mb > 0 or not math.isfinite(workspace_mb):
+        raise ValueError(f"workspace_mb must be a positive number of MiB, got {workspace_mb!r}")
+    return int(workspace_mb * 2**20)
+
+
+def needed_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Validate what a caller can get wrong; returns the tensors in autocast's dtype where it is on."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (V, H), got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}, got {tuple(hidden.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be ({weight.shape[0]},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
+        )
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"rows must be (n,) int64, got shape {tuple(rows.shape)} {rows.dtype}")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; they must share a device")
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden = hidden.to(dtype)
+        if weight.dtype not in (dtype, torch.float32):
+            weight = weight.to(dtype)
+    elif weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: give both in one dtype, or use torch.autocast"
+        )
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
+    return hidden, weight, bias
+
+
+def row_spec(
+    temperature: float, logit_scale: float, softcap: float | None, entropy: bool, top1: bool, sum_sq: bool, mean: bool
+) -> R.RowSpec:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    return R.RowSpec.make(
+        temperature=float(temperature), logit_scale=float(logit_scale), softcap=None if softcap is None else
+        float(softcap),
+        entropy=entropy, top1=top1, sum_sq=sum_sq, sum_z=mean and softcap is not None,
+    )  # fmt: skip
+
+
+def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int) -> tuple[Tensor | None, int]:
+    """(indices of the rows that count or None for all of them, their count). Synchronises when `rows` is None."""
+    if rows is not None:
+        if rows.device != targets.device:
+            rows = rows.to(targets.device, non_blocking=True)
+        n = rows.shape[0]
+    else:
+        counts = targets != ignore_index
+        if bool(counts.all()):
+            n = targets.shape[0]
+        else:
+            rows = counts.nonzero()[:, 0]
+            n = rows.shape[0]
+    if targets.device.type == "cpu" and n:
+        if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < targets.shape[0]):
+            raise ValueError(f"rows must lie in [0, {targets.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+        picked = targets if rows is None else targets[rows]
+        bad = (picked < 0) | (picked >= V)
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0, 0])
+            row = at if rows is None else int(rows[at])
+            raise ValueError(
+                f"targets[{row}] = {int(targets[row])} is out of range: the vocabulary has {V} entries "
+                f"(ignored tokens are {ignore_index}, and must not be listed in rows)"
+            )
+    return rows, n

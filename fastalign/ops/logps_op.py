@@ -1,0 +1,244 @@
+"""The custom ops behind `linear_logps`: forward and backward, with fakes and autograd.
+
+Each is a loop of fastalign.ops.engine over tiles. What the backward needs (row statistics, kept tiles, D of the frozen
+schedule) leaves the forward as further outputs, because a custom op has no other way to save; absent ones are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastalign.ops import backends, engine
+from fastalign.ops import rows as R
+from fastalign.ops.arguments import scored_rows
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan, align, plan
+from fastalign.ops.tiles import Tiles
+
+
+def plan_for(
+    hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int, spec: R.RowSpec
+) -> Plan:
+    device_type = hidden.device.type if hidden.device.type in DEFAULT_WORKSPACE_MB else "cuda"
+    return plan(
+        n, weight.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=device_type,
+        needs=(needs[0], needs[1], needs[2]), workspace_bytes=workspace, schedule=schedule, num_tokens=hidden.shape[0],
+        cacheable=not (spec.softcap or spec.entropy),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastalign::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
+    out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
+    str,
+    kept_rows: int, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits; stats, found rows, count, kept, frozen)"""
+    tiles, found = _bind(
+        hidden,
+        weight,
+        bias,
+        targets,
+        rows,
+        in_scale,
+        out_scale,
+        softcap,
+        ignore_index,
+        flags,
+        needs,
+        backend,
+        schedule,
+        workspace,
+    )
+    n, N = tiles.plan.n, targets.shape[0]
+    scored = engine.forward(tiles)
+    stats, spec = scored.stats, tiles.spec
+
+    def spread(values: Tensor | None, wanted: bool = True) -> Tensor:
+        if values is None or not wanted:
+            return hidden.new_empty(0, dtype=tiles.wide)
+        if tiles.rows is None:
+            return values.contiguous().clone()
+        return values.new_zeros(N).index_copy_(0, tiles.rows, values)
+
+    state = scored.state
+    is_top1 = state.argmax == (targets if tiles.rows is None else targets[tiles.rows]) if spec.top1 else None
+    log_sum_sq = state.values[R.SUM_SQ].log() - 2 * stats.log_sum if spec.sum_sq else None
+    mean = engine.mean_logits(tiles, state) if flags[3] else None
+    top1_out = hidden.new_empty(0, dtype=torch.bool) if is_top1 is None else spread(is_top1)
+    upper = N if rows is None else n
+    saved = hidden.new_zeros(5, upper, dtype=tiles.wide)
+    if any(needs):
+        for row, values in zip(saved, stats, strict=True):
+            if values is not None:
+                row[:n].copy_(values)
+    found_out = targets.new_empty(0)
+    if found is not None and any(needs):
+        found_out = targets.new_zeros(N)
+        found_out[:n].copy_(found)
+    kept = hidden.new_empty(0) if scored.kept is None else (scored.kept.t() if tiles.vocab_major else scored.kept)
+    frozen = hidden.new_empty(0, dtype=tiles.wide)
+    if scored.frozen is not None:
+        frozen = (
+            scored.frozen
+            if rows is not None or n == N
+            else torch.cat([scored.frozen, scored.frozen.new_zeros(N - n, hidden.shape[1])])
+        )
+    return (
+        spread(stats.logps), spread(stats.lse), spread(stats.entropy), top1_out, spread(log_sum_sq), spread(mean),
+        saved, found_out, torch.tensor(n), kept, frozen,
+    )  # fmt: skip
+
+
+def _bind(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
+    out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
+    str,
+    workspace: int, known: tuple[Tensor | None, int] | None = None,
+) -> tuple[Tiles, Tensor | None]:  # fmt: skip
+    """The call as Tiles, and the row indices if they had to be found."""
+    spec = R.RowSpec(
+        in_scale=in_scale, out_scale=out_scale, softcap=softcap, entropy=flags[0], top1=flags[1], sum_sq=flags[2],
+        sum_z=flags[3] and softcap,
+    )  # fmt: skip
+    indices, n = known if known is not None else scored_rows(targets, rows, ignore_index, weight.shape[0])
+    upper = targets.shape[0] if rows is None else n
+    bound = plan_for(hidden, weight, upper, needs, schedule, workspace, spec)
+    bound = replace(bound, n=n, kept_rows=min(bound.kept_rows, n))
+    tiles = Tiles(hidden, weight, bias, targets, indices, spec, bound, backends.resolve(backend, hidden))
+    return tiles, indices if rows is None else None
+
+
+@_linear_logps.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
+    out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
+    str,
+    kept_rows: int, workspace: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    N = targets.shape[0]
+    upper = N if rows is None else rows.shape[0]
+
+    def per_token(wanted: bool, dtype: torch.dtype = wide) -> Tensor:
+        return hidden.new_empty(N if wanted else 0, dtype=dtype)
+
+    kept_shape: tuple[int, ...] = (0,)
+    if kept_rows:
+        rows_kept = align(kept_rows)
+        kept_shape = (weight.shape[0], rows_kept) if hidden.device.type == "cpu" else (rows_kept, weight.shape[0])
+    frozen_shape = (upper, hidden.shape[1]) if schedule == "frozen" else (0,)
+    return (
+        per_token(True), per_token(True), per_token(flags[0]), per_token(flags[1], torch.bool), per_token(flags[2]),
+        per_token(flags[3]), hidden.new_empty(5, upper, dtype=wide), targets.new_empty(N if rows is None and any(needs)
+        else 0),
+        torch.empty((), dtype=torch.int64, device="cpu"), hidden.new_empty(kept_shape), hidden.new_empty(frozen_shape,
+        dtype=wide),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=())
+def _linear_logps_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, stats: Tensor, found:
+    Tensor,
+    count: Tensor, kept: Tensor, frozen: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
+    grad_entropy: Tensor | None, in_scale: float, out_scale: float, softcap: bool, flags: list[bool], planned:
+    list[bool],
+    needs: list[bool], backend: str, schedule: str, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n = int(count)
+    indices = found[:n] if rows is None and n < targets.shape[0] else rows
+    if indices is not None:
+        indices = indices.to(targets.device, non_blocking=True)
+    tiles, _ = _bind(
+        hidden, weight, bias, targets, rows, in_scale, out_scale, softcap, 0, flags, planned, backend, schedule,
+        workspace,
+        known=(indices, n),
+    )  # fmt: skip
+    row_stats = R.RowStats(*stats[:, :n])
+
+    def pick(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        grad = grad.to(tiles.wide)
+        return grad if indices is None else grad.index_select(0, indices)
+
+    a, c, e = pick(grad_logps), pick(grad_lse), pick(grad_entropy)
+    absent = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0) if bias is None else bias.new_empty(0)
+    if schedule == "frozen" and e is None:
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        engine.frozen_backward(tiles, row_stats, frozen, a, c, grad_hidden)
+        return grad_hidden, *absent[1:]
+    if schedule == "frozen":  # D does not carry the entropy's gradient: compute the logits again
+        tiles.plan = plan_for(hidden, weight, n, needs, "deferred", workspace, tiles.spec)
+    coef = R.coefficients(row_stats, a, c, e)
+    sinks = engine.make_sinks(tiles, needs)
+    kept_tile = (kept.t() if tiles.vocab_major else kept) if kept.numel() else None
+    engine.backward(tiles, row_stats, coef, sinks, kept_tile)
+    grads = engine.finish_sinks(tiles, sinks)
+    return tuple(empty if grad is None else grad for grad, empty in zip(grads, absent, strict=True))  # type: ignore[return-value]
+
+
+@_linear_logps_backward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, stats: Tensor, found:
+    Tensor,
+    count: Tensor, kept: Tensor, frozen: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
+    grad_entropy: Tensor | None, in_scale: float, out_scale: float, softcap: bool, flags: list[bool], planned:
+    list[bool],
+    needs: list[bool], backend: str, schedule: str, workspace: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        weight.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    (
+        hidden,
+        weight,
+        bias,
+        targets,
+        rows,
+        in_scale,
+        out_scale,
+        softcap,
+        _,
+        flags,
+        needs,
+        backend,
+        schedule,
+        _,
+        workspace,
+    ) = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[4], output[5], *output[6:])
+    ctx.save_for_backward(hidden, weight, bias, targets, rows, *output[6:])
+    ctx.settings = (in_scale, out_scale, softcap, flags, needs)
+    ctx.how = (backend, schedule, workspace)
+
+
+def _backward(ctx, grad_logps, grad_lse, grad_entropy, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    nothing = (None,) * 12
+    if not ctx.settings[3][0]:  # the absent entropy is an empty tensor, and so would be its gradient
+        grad_entropy = None
+    if not any(needs) or (grad_logps is None and grad_lse is None and grad_entropy is None):
+        return (None, None, None, *nothing)
+    hidden, weight, bias, targets, rows, *saved = ctx.saved_tensors
+    in_scale, out_scale, softcap, flags, planned = ctx.settings
+    grads = torch.ops.fastalign.linear_logps_backward(
+        hidden, weight, bias, targets, rows, *saved, grad_logps, grad_lse, grad_entropy, in_scale, out_scale, softcap,
+        flags,
+        planned, needs, *ctx.how,
+    )  # fmt: skip
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing)
+
+
+_linear_logps.register_autograd(_backward, setup_context=_setup_context)

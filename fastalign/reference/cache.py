@@ -123,7 +123,8 @@ class ReferenceCache:
             logger.info("%s holds nothing of %s%s", path, source, _nearest(cache._store, identity))
         rows = sequences if isinstance(sequences, Sequence) else list(sequences)
         report = fill_store(cache._store, cache._index, digest, rows, lambda: _scorer(reference, score), options)
-        cache.reload()
+        if report.computed or cache._store.problems or cache._store.unlisted:
+            cache.reload()
         cache.report = report
         return cache
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fastalign.reference.errors import DamagedFileError
 from fastalign.reference.index import KeyIndex
+from fastalign.reference.shards import SUFFIX
 from fastalign.reference.store import Problem, Store
 
 __all__ = ["CacheSummary", "ReferenceSummary", "inspect", "render_problems", "render_summary", "summarize", "verify"]
@@ -66,7 +67,7 @@ def verify(cache_dir: str | Path) -> list[Problem]:
 
 
 def summarize(store: Store) -> CacheSummary:
-    present = {path.name for path in (store.root / "shards").iterdir()}
+    present = {path.name for path in (store.root / "shards").glob(f"*{SUFFIX}")}
     return CacheSummary(
         path=str(store.root),
         references=[_summarize_reference(store, digest) for digest in store.references()],

@@ -1,0 +1,151 @@
+"""Builds that are killed. The processes come from a fork server, which imports the package once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from fastalign.reference import ReferenceCache
+from fastalign.reference.builder import BuildOptions
+
+# Runs in the process that is killed: builds the cache and writes down what was handed to it, one line a batch.
+BUILD = """
+import os
+import numpy as np
+from fastalign.reference import ReferenceCache
+journal = os.open(journal_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def score(batch):
+    os.write(journal, f"{sum(len(ids) - start for ids, start in batch)}\\n".encode())
+    return [row(np.asarray(ids, np.int64), start) for ids, start in batch]
+
+def row(ids, start):
+    return (-(ids.cumsum() % 997) / 8 - start)[start:].astype(np.float32)
+
+options = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens, "progress": False}
+ReferenceCache.build(cache_path, digest, sequences, score=score, **options)
+"""
+SHARD_TOKENS = 150
+BATCH_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastalign.reference"])
+    warm = context.Process(target=exec, args=("import fastalign.reference", {}))
+    warm.start()
+    warm.join()
+    assert warm.exitcode == 0
+    return context
+
+
+class Killer:
+    """Starts builds of `sequences` and kills them after a random time."""
+
+    def __init__(self, processes, root, digest, sequences, seed: int = 0) -> None:
+        self.processes, self.root, self.digest, self.sequences = processes, root, digest, sequences
+        self.rng = random.Random(seed)
+
+    def start(self, journal: str = "journal"):
+        values = {
+            "cache_path": str(self.root / "cache"),
+            "journal_path": str(self.root / journal),
+            "digest": self.digest,
+        }
+        values |= {"sequences": [tuple(sequence) for sequence in self.sequences]}
+        values |= {"shard_tokens": SHARD_TOKENS, "batch_tokens": BATCH_TOKENS}
+        process = self.processes.Process(target=exec, args=(BUILD, values))
+        process.start()
+        return process
+
+    def kill(self, process, longest: float) -> bool:
+        """True if it was alive: killed after at least one batch, at a random moment."""
+        journal, deadline = self.root / "journal", time.monotonic() + 60
+        while not journal.exists() and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(self.rng.uniform(0, longest))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return process.exitcode == -signal.SIGKILL
+
+    def tokens_started(self) -> int:
+        """Log-probs that were being computed or finished when the process died."""
+        journal = self.root / "journal"
+        tokens = sum(int(line) for line in journal.read_text().splitlines()) if journal.exists() else 0
+        journal.unlink(missing_ok=True)
+        return tokens
+
+
+def tokens_cached(cache: ReferenceCache) -> int:
+    return sum(reference.tokens for reference in cache.inspect().references)
+
+
+def kill_until_done(killer: Killer, kills: int, longest: float, scorer) -> int:
+    """Kill builds, checking the cache after each; then let one finish. Returns how many died at work."""
+    before = died = 0
+    for _ in range(kills):
+        died += killer.kill(killer.start(), longest)
+        started = killer.tokens_started()
+        if not (killer.root / "cache" / "format.json").exists():
+            continue  # killed before anything was written
+        cache = ReferenceCache(killer.root / "cache", killer.digest)
+        # a kill between the two renames leaves a shard that no manifest lists: still sound, still used
+        assert cache.verify() == []
+        missing = set(cache.missing(killer.sequences))
+        there = [sequence for i, sequence in enumerate(killer.sequences) if i not in missing]
+        for sequence, row in zip(there, cache.lookup(there), strict=True):
+            assert np.array_equal(row, scorer.logps(sequence))
+        after = tokens_cached(cache)
+        # what is lost: the shard being written, and the batch being scored
+        assert after - before >= started - SHARD_TOKENS - 2 * BATCH_TOKENS
+        before = after
+    last = killer.start()
+    last.join(120)
+    assert last.exitcode == 0
+    cache = ReferenceCache.open(killer.root / "cache")
+    assert cache.verify() == []
+    for sequence, row in zip(killer.sequences, cache.lookup(killer.sequences), strict=True):
+        assert np.array_equal(row, scorer.logps(sequence))
+    assert cache.inspect().references[0].duplicates == 0  # nothing finished was computed again
+    return died
+
+
+def test_kill_9_loses_at_most_the_shard_being_written(tmp_path, processes, digest, scorer, make_sequences):
+    killer = Killer(processes, tmp_path, digest, make_sequences(1200))
+    assert kill_until_done(killer, kills=6, longest=0.3, scorer=scorer) >= 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_many_kills(tmp_path, processes, digest, scorer, make_sequences, seed):
+    killer = Killer(processes, tmp_path, digest, make_sequences(20_000, seed=seed), seed)
+    assert kill_until_done(killer, kills=50, longest=0.2, scorer=scorer) >= 40
+
+
+def test_several_processes_build_at_once(tmp_path, processes, digest, scorer, make_sequences):
+    """Three builds of overlapping sequences into one new folder, one of them killed."""
+    sequences = make_sequences(300)
+    builders = [Killer(processes, tmp_path, digest, part) for part in (sequences[:200], sequences[100:], sequences)]
+    running = [builder.start(f"journal-{i}") for i, builder in enumerate(builders)]
+    time.sleep(0.2)
+    os.kill(running[2].pid, signal.SIGKILL)
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running[:2]] == [0, 0]
+    cache = ReferenceCache.open(tmp_path / "cache", digest)
+    assert cache.verify() == []
+    for sequence, row in zip(sequences, cache.lookup(sequences), strict=True):
+        assert np.array_equal(row, scorer.logps(sequence))
+    assert len(cache) == 300
+
+
+def test_options_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"shard_seconds must be positive, got -1\.0"):
+        BuildOptions(batch_tokens=1, shard_tokens=1, shard_seconds=-1.0, progress=False)

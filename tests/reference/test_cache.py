@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastalign.reference import CacheError, DamagedFileError, MissingLogpsError, ReferenceCache, TokenSequence
+from fastalign.reference.shards import Shard
+from fastalign.reference.writer import ShardWriter
+
+OTHER = "fedcba9876543210" * 4
+
+
+def build(path, reference, sequences, score, **options):
+    return ReferenceCache.build(path, reference, sequences, score=score, progress=False, **options)
+
+
+def assert_right(cache, sequences, scorer):
+    for sequence, row in zip(sequences, cache.lookup(sequences), strict=True):
+        assert row.dtype == np.float32
+        assert np.array_equal(row, scorer.logps(sequence))
+
+
+@pytest.fixture
+def sequences(make_sequences):
+    return make_sequences(40)
+
+
+def test_build_look_up_open_again(tmp_path, digest, scorer, sequences):
+    built = build(tmp_path, digest, sequences, scorer, shard_tokens=60)
+    for cache in (built, ReferenceCache.open(tmp_path, digest), ReferenceCache.open(tmp_path)):
+        assert len(cache) == 40
+        assert_right(cache, sequences[::-1], scorer)
+        assert cache.verify() == []
+    report = built.report
+    assert (report.rows, report.distinct, report.cached, report.computed) == (40, 40, 0, 40)
+    assert report.tokens == sum(len(ids) - start for ids, start in sequences)
+    assert report.seconds >= report.writing_seconds > 0
+
+
+def test_look_up_gives_copies(tmp_path, digest, scorer, sequences):
+    cache = build(tmp_path, digest, sequences, scorer)
+    (row,) = cache.lookup(sequences[:1])
+    row[:] = 1.0
+    assert_right(cache, sequences, scorer)
+
+
+def test_only_new_rows_are_computed_and_each_once(tmp_path, digest, scorer, sequences):
+    build(tmp_path, digest, sequences[:25], scorer)
+    assert len(scorer.scored) == 25
+    cache = build(tmp_path, digest, [*sequences, *sequences], scorer)
+    assert sorted(scorer.scored) == sorted(sequences)
+    assert (cache.report.rows, cache.report.distinct, cache.report.cached, cache.report.computed) == (80, 40, 25, 15)
+    files = sorted(path.name for path in tmp_path.rglob("*"))
+    build(tmp_path, digest, sequences, scorer)
+    assert len(scorer.scored) == 40
+    assert sorted(path.name for path in tmp_path.rglob("*")) == files  # a build with nothing to do writes nothing
+
+
+def test_an_iterator_will_do(tmp_path, digest, scorer, sequences):
+    cache = build(tmp_path, digest, iter(sequences), scorer)
+    for row, sequence in zip(cache.lookup(iter(sequences)), sequences, strict=True):
+        assert np.array_equal(row, scorer.logps(sequence))
+
+
+def test_no_sequences(tmp_path, digest, scorer):
+    cache = build(tmp_path, digest, [], scorer)
+    assert len(cache) == 0
+    assert cache.lookup([]) == []
+    assert scorer.calls == []
+
+
+def test_batches_respect_the_budget(tmp_path, digest, scorer, sequences):
+    build(tmp_path, digest, sequences, scorer, batch_tokens=50)
+    assert all(len(call) * max(len(ids) for ids, _ in call) <= 50 for call in scorer.calls)
+
+
+def test_references_do_not_mix(tmp_path, digest, scorer, sequences):
+    build(tmp_path, digest, sequences, scorer)
+    other = build(tmp_path, OTHER, sequences[:5], lambda batch: [scorer.logps(one) - 1 for one in batch])
+    assert len(other) == 5
+    for sequence, row in zip(sequences[:5], other.lookup(sequences[:5]), strict=True):
+        assert np.array_equal(row, scorer.logps(sequence) - 1)
+    with pytest.raises(MissingLogpsError):
+        other.lookup(sequences[:6])
+    assert_right(ReferenceCache.open(tmp_path, digest), sequences, scorer)
+    with pytest.raises(CacheError, match=rf"holds 2 references: {digest}, {OTHER}; name one of them"):
+        ReferenceCache.open(tmp_path)
+    with pytest.raises(CacheError, match="'abc' is not among them"):
+        ReferenceCache.open(tmp_path, "abc")
+
+
+def test_missing_rows_are_an_error_that_counts_them(tmp_path, digest, scorer, sequences):
+    cache = build(tmp_path, digest, sequences[:10], scorer)
+    asked = [sequences[3], TokenSequence([49] * 7, 2), sequences[4], TokenSequence([49] * 8, 3)]
+    with pytest.raises(
+        MissingLogpsError,
+        match=r"2 of 4 sequences have no reference log-probs in .*; the first is sequence 1 \(7 tokens, the last 5 of them",
+    ) as caught:
+        cache.lookup(asked)
+    assert caught.value.indices == cache.missing(asked) == [1, 3]
+    with pytest.raises(MissingLogpsError):  # another completion of the same tokens is another sequence
+        cache.lookup([TokenSequence([1, *sequences[0].input_ids], 1)])
+
+
+def test_reload_shows_what_another_process_built(tmp_path, digest, scorer, sequences):
+    reader = build(tmp_path, digest, sequences[:10], scorer)
+    build(tmp_path, digest, sequences, scorer)
+    assert reader.missing(sequences) == list(range(10, 40))
+    reader.reload()
+    assert_right(reader, sequences, scorer)
+
+
+def test_a_pickled_cache_is_opened_again(tmp_path, digest, scorer, sequences):
+    cache = pickle.loads(pickle.dumps(build(tmp_path, digest, sequences, scorer)))
+    assert_right(cache, sequences, scorer)
+
+
+def test_a_moved_folder(tmp_path, digest, scorer, sequences):
+    build(tmp_path / "a", digest, sequences, scorer)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert_right(ReferenceCache.open(tmp_path / "b"), sequences, scorer)
+
+
+def test_two_caches_are_merged_by_copying_shards(tmp_path, digest, scorer, sequences):
+    build(tmp_path / "a", digest, sequences[:20], scorer)
+    build(tmp_path / "b", digest, sequences[20:], scorer)
+    shutil.copytree(tmp_path / "b" / "shards", tmp_path / "a" / "shards", dirs_exist_ok=True)
+    cache = build(tmp_path / "a", digest, sequences, scorer)
+    assert cache.report.computed == 0
+    assert_right(cache, sequences, scorer)
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda rows: rows[:-1], r"score returned \d+ results for \d+ sequences"),
+        (lambda rows: [row[:-1] for row in rows], r"sequence \d+: score returned float32 \(\d+,\), expected float32"),
+        (lambda rows: [row.astype(np.float64) for row in rows], r"sequence \d+: score returned float64"),
+        (lambda rows: [row[None] for row in rows], r"sequence \d+: score returned float32 \(1, "),
+        (
+            lambda rows: [np.where(np.arange(len(r)) == 0, np.nan, r).astype("f4") for r in rows],
+            "completion token 0 is nan",
+        ),
+        (lambda rows: [np.full_like(row, -np.inf) for row in rows], "token 0 is -inf"),
+    ],
+    ids=["fewer", "shorter", "dtype", "shape", "nan", "inf"],
+)
+def test_a_scorer_that_is_wrong_is_refused(tmp_path, digest, scorer, sequences, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, digest, sequences, lambda batch: wrong(scorer(batch)))
+    assert ReferenceCache(tmp_path, digest).missing(sequences) == list(range(40))
+
+
+def test_a_scorer_that_fails_keeps_what_was_finished(tmp_path, digest, scorer, sequences):
+    def failing(batch):
+        if len(scorer.calls) == 3:
+            raise RuntimeError("out of memory")
+        return scorer(batch)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build(tmp_path, digest, sequences, failing, batch_tokens=60)
+    finished = scorer.scored
+    assert 0 < len(finished) < 40
+    assert_right(ReferenceCache.open(tmp_path), finished, scorer)
+    build(tmp_path, digest, sequences, scorer)
+    assert sorted(scorer.scored) == sorted(sequences)  # none twice
+
+
+@pytest.mark.parametrize("option", ["batch_tokens", "shard_tokens", "shard_seconds"])
+def test_options_must_be_positive(tmp_path, digest, scorer, option):
+    with pytest.raises(ValueError, match=f"{option} must be positive, got 0"):
+        build(tmp_path / "new", digest, [], scorer, **{option: 0})
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_build_needs(tmp_path, digest, scorer):
+    with pytest.raises(ValueError, match="needs score="):
+        ReferenceCache.build(tmp_path, digest, [])
+    with pytest.raises(ValueError, match="64 lower-case hexadecimal digits, got 'Ab'"):
+        ReferenceCache.build(tmp_path, "Ab", [], score=scorer)
+
+
+def test_open_where_there_is_none(tmp_path, digest, scorer):
+    with pytest.raises(CacheError, match="is no reference cache"):
+        ReferenceCache.open(tmp_path / "nowhere")
+    build(tmp_path, digest, [], scorer)
+    with pytest.raises(CacheError, match="holds 0 references: none"):
+        ReferenceCache.open(tmp_path)
+
+
+def test_opening_and_reading_write_nothing(tmp_path, digest, scorer, sequences, monkeypatch):
+    """As in a read-only folder (permissions do not bind root, so the calls that write are refused)."""
+    build(tmp_path, digest, sequences, scorer)
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("fastalign.reference.files.write_atomic", refused)
+    for name in ("mkdir", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refused)
+    cache = ReferenceCache.open(tmp_path)
+    assert_right(cache, sequences, scorer)
+    assert cache.verify() == []
+    assert cache.inspect().rows == 40
+
+
+def test_a_damaged_row_is_an_error_in_look_up_and_rebuilt_by_build(tmp_path, digest, scorer, sequences, flip_bit):
+    cache = build(tmp_path, digest, sequences, scorer, shard_tokens=100)
+    (place,) = cache._index.find(cache_keys(cache, sequences[7:8])).tolist()
+    shard, row = next(cache._index._places(place))
+    flip_bit(shard.path, 8 * (shard.path.read_bytes().index(scorer.logps(sequences[7]).tobytes()) + 1))
+    for damaged in (cache, ReferenceCache.open(tmp_path)):  # mapped before the damage, and after it
+        with pytest.raises(DamagedFileError, match=rf"{shard.path.name}: the checksum of its row {row} does not fit"):
+            damaged.lookup(sequences[7:8])
+        assert_right(damaged, sequences[:7] + sequences[8:], scorer)
+    scorer.calls.clear()
+    rebuilt = build(tmp_path, digest, sequences, scorer)
+    assert scorer.scored == [sequences[7]]
+    assert_right(rebuilt, sequences, scorer)
+    assert rebuilt.verify() == []
+    assert rebuilt.inspect().retired == [shard.path.name]
+
+
+def cache_keys(cache, sequences):
+    from fastalign.reference.sequences import sequence_keys
+
+    return sequence_keys(cache.reference, sequences)[0]
+
+
+def test_a_damaged_shard_is_named_when_its_rows_are_missing(tmp_path, digest, scorer, sequences):
+    build(tmp_path, digest, sequences, scorer, shard_tokens=100)
+    path = min((tmp_path / "shards").iterdir())
+    path.write_bytes(path.read_bytes()[:-10])
+    cache = ReferenceCache.open(tmp_path)
+    with pytest.raises(MissingLogpsError, match=rf"Left out: shards/{path.name}: it has \d+ bytes, its manifest says"):
+        cache.lookup(sequences)
+
+
+def looked_up(cache, sequence) -> tuple[np.ndarray | None, str | None]:
+    try:
+        return cache.lookup([sequence])[0], None
+    except (DamagedFileError, MissingLogpsError) as error:
+        return None, str(error)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_damage_is_found_and_no_number_is_wrong(new_scorer, make_sequences, digest, flip_bit, data):
+    """Random shards, random damage to a random file: found and named, the rest still works, a build repairs it."""
+    scorer, sequences = new_scorer(), make_sequences(12, longest=8)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        split = data.draw(st.integers(0, 12))
+        for part in (sequences[:split], sequences[split:]):
+            build(root, digest, part, scorer, shard_tokens=data.draw(st.integers(1, 30)), batch_tokens=20)
+        in_shard = {}
+        for path in (root / "shards").iterdir():
+            for key in Shard(path).read_keys():
+                in_shard[key.tobytes()] = path
+        keys = [key.tobytes() for key in cache_keys(ReferenceCache.open(root), sequences)]
+
+        files = sorted(path for path in root.rglob("*.*") if path.name != "format.json")
+        victim = data.draw(st.sampled_from(files))
+        size = victim.stat().st_size
+        match data.draw(st.sampled_from(["flip", "truncate", "append", "delete"])):
+            case "flip":
+                flip_bit(victim, data.draw(st.integers(0, 8 * size - 1)))
+            case "truncate":
+                victim.write_bytes(victim.read_bytes()[: data.draw(st.integers(0, size - 1))])
+            case "append":
+                victim.write_bytes(victim.read_bytes() + b"\n")
+            case "delete":
+                victim.unlink()
+        manifest_gone = victim.parent.name == "manifests" and not victim.exists()
+
+        cache = ReferenceCache(root, digest)
+        named = {problem.file for problem in cache.verify()}
+        # without its manifest a shard is unlisted, which is no damage: what it says is still checked
+        assert named == set() if manifest_gone else named == {f"{victim.parent.name}/{victim.name}"}
+        for key, sequence in zip(keys, sequences, strict=True):
+            (row, error) = looked_up(cache, sequence)
+            if error is not None:
+                assert in_shard[key] == victim
+                assert victim.name in error
+            else:
+                assert np.array_equal(row, scorer.logps(sequence))
+        rebuilt = build(root, digest, sequences, scorer)
+        assert_right(rebuilt, sequences, scorer)
+        assert rebuilt.verify() == []
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_interleaving_of_writers_gives_the_same_cache(new_scorer, make_sequences, digest, data):
+    """Builds of random parts, and two writers in turns, with shards of random sizes, while a reader looks on."""
+    scorer, sequences = new_scorer(), make_sequences(15, longest=8)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        reader = build(root, digest, [], scorer)
+        writers = [
+            ShardWriter(root, digest, shard_tokens=data.draw(st.integers(1, 40)), shard_seconds=1e9) for _ in range(2)
+        ]
+        expected = set()
+        for _ in range(data.draw(st.integers(1, 12))):
+            chosen = data.draw(st.lists(st.integers(0, 14), max_size=5))
+            part = [sequences[i] for i in chosen]
+            match data.draw(st.sampled_from(["build", "write", "write", "read"])):
+                case "build":
+                    cache = build(root, digest, part, scorer, shard_tokens=data.draw(st.integers(1, 40)))
+                    assert_right(cache, part, scorer)
+                    expected.update(chosen)
+                case "write":
+                    writer = data.draw(st.sampled_from(writers))
+                    for key, sequence in zip(cache_keys(reader, part), part, strict=True):
+                        writer.add(key.tobytes(), scorer.logps(sequence))
+                    expected.update(chosen)
+                case "read":
+                    reader.reload()
+                    there = [sequences[i] for i in set(range(15)) - set(reader.missing(sequences))]
+                    assert_right(reader, there, scorer)
+        for writer in writers:
+            writer.flush()
+        reader.reload()
+        assert set(range(15)) - set(reader.missing(sequences)) == expected
+        assert len(reader) == len(expected)
+        assert_right(reader, [sequences[i] for i in expected], scorer)
+        assert reader.verify() == []

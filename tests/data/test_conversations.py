@@ -71,6 +71,7 @@ def test_a_transcript_is_split_at_the_last_common_assistant_turn():
         (f"{H} a{A} b{A} c", f"{H} a{A} d", Reason.EXTRA_TURNS, "chosen: 2 turns after 1 common ones"),
         (f"{H} a{A} b{H} x{A} c", f"{H} a{A} d{H} x{A} c", Reason.EXTRA_TURNS, "chosen: 3 turns after 1 common"),
         (f"{H} a{A} d", f"{H} a{A} b{H} x{A} c", Reason.EXTRA_TURNS, "rejected: 3 turns after 1 common"),
+        (f"{H} a{A} b", f"{H} a{A} b{H} x{A} c", Reason.EXTRA_TURNS, "rejected: 3 turns after 1 common ones"),
         (f"{H} a{A} b{A} c", f"{H} a{A} b{A} d", Reason.WRONG_ROLE, "the common turns end with an Assistant turn"),
     ],
 )

@@ -145,7 +145,8 @@ def test_lists_and_datasets_in_memory():
     dataset = datasets.Dataset.from_list([{**row, "extra": 1} for row in ROWS])
     assert _all(load_rows(ROWS)) == _all(load_rows(tuple(ROWS))) == ROWS
     assert _all(load_rows(dataset, columns=["chosen", "rejected"])) == ROWS
-    assert _all(load_rows(dataset.with_format("numpy"), max_samples=1)) == [{**ROWS[0], "extra": 1}]
+    (formatted,) = _all(load_rows(dataset.with_format("numpy"), max_samples=1))
+    assert (formatted, type(formatted["chosen"])) == ({**ROWS[0], "extra": 1}, str)
     assert _all(load_rows(datasets.DatasetDict(test=dataset), split="test[9:]")) == [{**ROWS[9], "extra": 1}]
     assert _all(load_rows(dataset, columns=["absent"])) == [{}] * 10
 

@@ -5,7 +5,7 @@ FITS := import sys, venv, ensurepip; raise SystemExit(not (3, 11) <= sys.version
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q
 
 .PHONY: help setup demo test lint types unit interpret gpu long bench format clean distclean
@@ -22,7 +22,7 @@ $(BIN)/python:
 # The build's own requirements come first, pinned like the rest, so that the build needs no isolated environment. The
 # extension is left to `setup`, which compiles in place, only what has changed, and shows what the compiler says.
 .venv/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	@echo "Installing fastalign and its tools into .venv (once; torch is large)"
+	@echo "Installing fastalign and its tools into .venv: some minutes, once"
 	@$(PIP) setuptools pybind11
 	@FASTALIGN_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from fastalign.cli.flags import UsageError, suggestion
+from fastalign.cli.flags import Failure, UsageError, suggestion
 
 COMMANDS = {
     "demo": "train a tiny model on a built-in language and compare DPO with length-penalised DPO",
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         _dispatch(command, argv)
         sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return _report(command, "interrupted", 130, show_traceback)
+    except KeyboardInterrupt as interrupt:
+        return _report(command, f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", 130, show_traceback)
+    except Failure as failure:
+        return _report(command, f"failed: {failure}", 1, show_traceback)
     except BrokenPipeError:  # the reader of our output went away: `fastalign env | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastalign.cli.flags import UsageError, parse_argv, suggestion
+from fastalign.cli.flags import UsageError, check_known, parse_argv
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft", "safetensors", "numpy", "flash-attn")
 
@@ -26,11 +26,9 @@ def run(argv: list[str]) -> None:
         print(HELP, end="")
         return
     flags = parse_argv(argv)
-    for name, words in flags.items():
-        if name != "json":
-            raise UsageError(f"unknown flag --{name}{suggestion(name, ['json'], '--')}; see `fastalign env --help`")
-        if words:
-            raise UsageError(f"--json takes no value, got {' '.join(words)}")
+    check_known(flags, ["json"], "env")
+    if flags.get("json"):
+        raise UsageError(f"--json takes no value, got {' '.join(flags['json'])}")
     facts = environment()
     print(json.dumps(facts, indent=2) if "json" in flags else _lines(facts))
 

@@ -18,6 +18,10 @@ class UsageError(ValueError):
     """A command line or configuration file that cannot be taken as it is."""
 
 
+class Failure(Exception):
+    """A command did its work and the answer is no: one line, exit status 1."""
+
+
 class Raw(NamedTuple):
     """A setting as it was given. From the command line `value` is the list of its words (none for a bare flag)."""
 
@@ -60,6 +64,13 @@ def parse_argv(argv: list[str]) -> dict[str, list[str]]:
         else:
             current.append(word)
     return flags
+
+
+def check_known(flags: Iterable[str], known: Collection[str], command: str) -> None:
+    """Raise UsageError for the flags that a command without a configuration file does not have."""
+    unknown = [f"unknown flag --{name}{suggestion(name, known, '--')}" for name in flags if name not in known]
+    if unknown:
+        raise UsageError("; ".join(unknown) + f"; see `fastalign {command} --help`")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ The fields of the dataclass are the flags: name, type, default and `metadata["he
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import textwrap
@@ -121,7 +122,7 @@ def _plain(value: Any) -> Any:
 def help_text(config_class: type, command: str, summary: str, *, everything: bool) -> str:
     """Usage and one entry a field: those of `config_class` itself in full, inherited ones in full on `--help_all`."""
     fields, hints = config_fields(config_class), typing.get_type_hints(config_class)
-    own = [name for name in fields if name in config_class.__annotations__]
+    own = [name for name in config_class.__annotations__ if name in fields]  # in the order of the source
     inherited = [name for name in fields if name not in own]
     lines = [
         f"usage: fastalign {command} [--config FILE.yaml] [--NAME VALUE ...]",
@@ -148,7 +149,7 @@ def help_text(config_class: type, command: str, summary: str, *, everything: boo
 def _field_entry(field: dataclasses.Field[Any], hint: Any) -> list[str]:
     text = " ".join(str(field.metadata.get("help", "")).split())
     default = _default(field)
-    shown = "" if default is None else f", default {_plain(default)!r}"
+    shown = "" if default is None else f", default {json.dumps(_plain(default))}"
     return _entry(f"--{field.name}", f"{text} [{describe(hint, _choices(field))}{shown}]")
 
 

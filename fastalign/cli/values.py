@@ -6,6 +6,7 @@ into false where a name was meant (`eval_strategy: no`); one set of rules for bo
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import types
@@ -70,6 +71,8 @@ def coerce(value: Any, hint: Any) -> Any:
 def _exact(value: Any, member: Any) -> Any:
     if member in (bool, int, str, float) and type(value) is member:
         return value
+    if member is float and type(value) is int:  # an int is a float to type checkers too, and 10 reads better than 10.0
+        return value
     if _origin(member) is dict and isinstance(value, dict):
         return value
     if typing.get_origin(member) is typing.Literal:
@@ -81,11 +84,10 @@ def _read(value: Any, member: Any) -> Any:
     text = value.strip() if isinstance(value, str) else None
     if member is bool and text is not None:
         return text.lower() in _TRUE if text.lower() in _TRUE + _FALSE else _MISSING
-    if member in (int, float) and (text is not None or (member is float and type(value) is int)):
-        try:
-            return member(value)
-        except ValueError:
-            return _MISSING
+    if member in (int, float) and text is not None:
+        for number in (int, member):
+            with contextlib.suppress(ValueError):
+                return number(text)
     if member is Path and text is not None:
         return Path(value)
     if typing.get_origin(member) is typing.Literal:

@@ -91,7 +91,7 @@ def test_saved_config_reproduces_the_run(tmp_path):
 def test_help_describes_own_fields_and_names_inherited_ones():
     text = help_text(ToyConfig, "dpo", "Train.", everything=False)
     assert "--beta\n        Strength of the tie to the reference. [a number, default 0.1]" in text
-    assert "[one of sigmoid, ipo, sft, default 'sigmoid']" in text
+    assert '[one of sigmoid, ipo, sft, default "sigmoid"]' in text
     assert "--learning_rate" not in text
     assert "learning_rate" in text
 

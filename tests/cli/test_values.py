@@ -21,7 +21,7 @@ class Strategy(enum.Enum):
     ("text", "hint", "expected"),
     [
         ("5e-7", float, 5e-7),  # text to YAML 1.1
-        ("1", float, 1.0),
+        ("1", float, 1),
         ("-1", int, -1),
         ("true", bool, True),
         ("0", bool, False),
@@ -51,13 +51,13 @@ def test_text(text, hint, expected):
     ("document", "hint", "expected"),
     [
         ("x: 0.2", float, 0.2),
-        ("x: 2", float, 2.0),
+        ("x: 2", float, 2),
         ("x: 5e-7", float, 5e-7),
         ("x: no", Strategy | str, "no"),  # YAML 1.1 reads false
         ("x: false", bool, False),
         ("x: null", float | None, None),
         ("x: [sigmoid, sft]", str | list[str], ["sigmoid", "sft"]),
-        ("x: [1, 2]", list[float], [1.0, 2.0]),
+        ("x: [1, 2.5]", list[float], [1, 2.5]),
         ("x: {a: 1}", dict | str | None, {"a": 1}),
         ("x: off", Literal["off", "min"], "off"),
     ],

@@ -1,7 +1,7 @@
 """Models: batches → hidden states. The only folder that knows transformers' model classes."""
 
-from .causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
-from .loading import disable_dropout, load_causal_lm, upcast_trainable
+from fastalign.models.causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
+from fastalign.models.loading import disable_dropout, load_causal_lm, upcast_trainable
 
 __all__ = [
     "Head",

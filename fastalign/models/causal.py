@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .head import Head, attach_head, base_causal_lm, find_head
+from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
 
 __all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "unfuse_head"]
 

@@ -1,0 +1,196 @@
+"""What trainers on preference pairs share over transformers.Trainer: normalisation, micro-batches, metrics, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from fastalign.trainers.batches import Batch, num_pairs, sequence_lengths, split_batch
+from fastalign.trainers.export import save_merged
+from fastalign.trainers.meters import Meter, standard_errors
+from fastalign.trainers.progress import MetricsProgress
+from fastalign.trainers.reference import EXAMPLE_COLUMNS, REFERENCE_COLUMNS
+from fastalign.types import LossOutput, Metric
+
+STATE_FILE = "fastalign_state.json"
+
+
+class PairTrainer(Trainer):
+    """A Trainer for losses that are sums over pairs, on batches of `PreferenceCollator`. Subclasses give `pair_loss`.
+
+    The loss of an optimizer step is the mean over all its pairs: of every micro-batch, accumulation step and process.
+    How a batch was split changes neither loss nor gradient, beyond rounding. Metrics are weighted by the same counts,
+    stay on the device and are fetched once per log line.
+    """
+
+    loss_is_scaled_for_ga = True  # `pair_loss` divides by the pairs of the whole step
+
+    def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel: start one "
+                "process per GPU (torchrun, accelerate launch), or show it one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        self.micro_batch_tokens = micro_batch_tokens
+        self._train_meter, self._eval_meter = Meter(), Meter()
+        self._tokens = 0  # of this process, since the last log
+        self._total_tokens = 0.0  # of all processes, since training began
+        self._clock: float | None = None
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(MetricsProgress)
+
+    def pair_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
+        """Loss of a batch, its sum over pairs divided by num_items (None: by its own pairs), and its metrics."""
+        raise NotImplementedError
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*EXAMPLE_COLUMNS, *REFERENCE_COLUMNS, "row", self.args.length_column_name]
+
+    # ---- the step
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
+        """Pairs of an optimizer step, over its accumulation steps and all processes."""
+        pairs = sum(num_pairs(batch) for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return pairs
+        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        """Forward and backward of a device batch, in pieces of at most `micro_batch_tokens` padded tokens."""
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        self._tokens += int(sequence_lengths(inputs).sum())
+        pieces = split_batch(
+            inputs, self.micro_batch_tokens, multiple_of=getattr(self.args, "pad_to_multiple_of", None)
+        )
+        total: Tensor | None = None
+        for index, piece in enumerate(pieces):
+            last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = super().training_step(model, piece, num_items_in_batch)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        if return_outputs:
+            raise ValueError("return_outputs=True: no logits exist to return")
+        output = self.pair_loss(model, inputs, num_items_in_batch)
+        self._train_meter.update(output.metrics)
+        # data parallelism averages gradients over processes, and the loss is already a share of the global mean
+        return output.loss * self.accelerator.num_processes if num_items_in_batch is not None else output.loss
+
+    # ---- evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Adds a batch to the evaluation's metrics. The loss returned stands in for the one of `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        own = self._own_pairs(num_pairs(inputs))
+        # a process without pairs of its own takes part with weight zero, so that all report the same metrics
+        pieces = split_batch(inputs, self.micro_batch_tokens, pairs=max(own, 1))
+        for piece in pieces:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                output = self.pair_loss(model, piece, None)
+            pairs = torch.full_like(output.loss, num_pairs(piece))
+            metrics = {"loss": Metric(output.loss.detach() * pairs, pairs)} | output.metrics
+            if own == 0:
+                metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
+            self._eval_meter.update(metrics)
+        return torch.zeros((), device=self.args.device), None, None
+
+    def _own_pairs(self, pairs: int) -> int:
+        """How many of the last batch's pairs are this process's: loaders fill it up with pairs from the beginning."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return pairs
+        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._eval_meter.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        values, sums = self._eval_meter.values(self._sum_over_processes)
+        values |= standard_errors(sums)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        self._eval_meter.clear()
+        self._clock = None  # time spent here is not training time
+        return output
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{type(self).__name__} has no predictions to return: no logits exist; evaluate() gives metrics"
+        )
+
+    # ---- logging
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._train_meter:
+            tokens = torch.tensor([float(self._tokens)], dtype=torch.float32, device=self.args.device)
+            values, _ = self._train_meter.values(self._sum_over_processes)
+            new_tokens = float(self._sum_over_processes(tokens))
+            self._total_tokens += new_tokens
+            logs |= values
+            logs["num_tokens"] = self._total_tokens
+            if self._clock is not None:
+                logs["tokens_per_second"] = new_tokens / (time.perf_counter() - self._clock)
+            self._train_meter.clear()
+            self._tokens, self._clock = 0, None
+        super().log(logs, start_time)
+
+    # ---- saving and resuming
+
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside transformers' files, as JSON."""
+        return {"num_tokens": self._total_tokens}
+
+    def restore_run_state(self, state: dict[str, Any]) -> None:
+        self._total_tokens = state["num_tokens"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._clock = None
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if file.is_file():
+            self.restore_run_state(json.loads(file.read_text(encoding="utf-8")))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model (or adapter), tokenizer, chat template and generation config; see `merge_adapter` for `merged/`."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call or not self.args.should_save or not getattr(self.args, "merge_adapter", False):
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            raise ValueError("merge_adapter=True, but the model has no adapter")
+        folder = os.path.join(output_dir or self.args.output_dir, "merged")
+        save_merged(model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)

@@ -1,0 +1,306 @@
+"""Direct preference optimisation on `transformers.Trainer`, from cached reference log-probs and without logits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
+
+from fastalign.linear import linear_dpo_loss
+from fastalign.models import Head, disable_dropout, fuse_head, has_router_loss
+from fastalign.models.head import base_causal_lm
+from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel
+from fastalign.trainers.base import PairTrainer
+from fastalign.trainers.batches import Batch, num_pairs
+from fastalign.trainers.dpo_config import DEFAULT_CACHE_DIR, DEFAULT_MICRO_BATCH_TOKENS, DPOConfig
+from fastalign.trainers.examples import Examples
+from fastalign.trainers.policy import (
+    add_adapter,
+    autocast_dtype,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    named_reference,
+)
+from fastalign.trainers.reference import (
+    REFERENCE_COLUMNS,
+    build_cache,
+    check_cached,
+    reference_adapter,
+    sample_indices,
+    with_reference,
+)
+from fastalign.trainers.self_check import check_start
+from fastalign.types import LossOutput, Metric
+
+logger = logging.getLogger(__name__)
+
+
+class DPOTrainer(PairTrainer):
+    """Trains a policy on preference pairs with DPO (arXiv 2305.18290) or a relative; see `fastalign.losses.dpo_loss`.
+
+    The reference's per-token log-probs are computed once, kept on disk by content (`ReferenceCache`) and shared by
+    every run on that reference, whatever its loss, beta or adapter. The reference is not in memory while training.
+    The head turns hidden states of completion tokens into loss and gradients tile by tile: logits never exist.
+
+    Args:
+        model: folder or hub name, a transformers causal LM, or a PeftModel around one, whose adapter is trained on.
+            Default: args.model_name_or_path. Trainable 16-bit weights are turned into float32 (see DPOConfig.dtype).
+        ref_model: the reference: folder or hub name (loaded only when needed, and let go), or a model.
+            Default: the policy as it is handed in: with `peft_config` the model without the new adapter; for a
+            PeftModel base and adapter, as DPO on top of an SFT adapter needs.
+        args: a DPOConfig.
+        data_collator: default PreferenceCollator; another one must return the same batches.
+        train_dataset, eval_dataset: what `fastalign.data.prepare_preferences` takes (Dataset, list of rows, file,
+        folder,
+            hub name), or a Dataset with prompt_ids, chosen_ids and rejected_ids; eval_dataset may be a dict of them.
+            Default: args.dataset_name and its splits.
+        processing_class: the tokenizer; default the model's own.
+        compute_metrics: refused, as there are no logits to compute metrics from.
+        callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
+            make a peft_config too.
+
+    Attributes: reference_cache, the open ReferenceCache (its `report` says what was found and what computed);
+    data_reports, what became of each data set's rows.
+
+    Raises ValueError, naming it, for anything that cannot be honoured; BadRowsError for bad data; ReferenceError when
+    cached log-probs are not the reference's.
+    """
+
+    args: DPOConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        ref_model: str | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        model, args = _checked(model, ref_model, args, compute_metrics)
+        peft_config = lora_config(args, peft_config)
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
+        self._autocast = autocast_dtype(args)
+        self._examples = Examples(load_tokenizer(processing_class, name, args), args)
+        self.data_reports = self._examples.reports
+        train = self._examples.training(train_dataset)
+        evaluation = self._examples.evaluation(eval_dataset)
+        if train is None and not evaluation:
+            raise ValueError("no data: give train_dataset, or args.dataset_name")
+        splits = [split for split in (train, *evaluation.values()) if split is not None]
+
+        set_seed(args.seed)  # a new adapter is initialised at random
+        self._reference = named_reference(ref_model or args.ref_model_name_or_path, args, peft_config is not None)
+        if self._reference is not None:  # before the policy is loaded: one model in memory at a time
+            self._score(self._reference, splits, args)
+            check_cached(self.reference_cache, self._reference, splits[0], self._autocast)
+            if isinstance(ref_model, nn.Module):
+                self._reference = None  # the caller's, to keep or to free
+        policy = load_policy(model, args, peft_config, quantization_config)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        self._adapter = reference_adapter(policy)
+        own = ReferenceModel.from_model(policy, adapter=self._adapter, autocast=self._autocast)
+        if not hasattr(self, "reference_cache"):
+            self._score(own, splits, args)
+            self._starts_at_reference = True
+        else:
+            self._starts_at_reference = own.digest() == self.reference_cache.reference
+        if peft_config is not None:
+            policy = add_adapter(policy, peft_config, args)
+            # these two do not start as the base model
+            self._starts_at_reference &= getattr(peft_config, "init_lora_weights", True) not in (False, "loftq")
+        self._router_coef = _router_coefficient(policy, args)
+
+        use_cache = base_causal_lm(policy).config.use_cache
+        joined = {name: with_reference(split, self.reference_cache) for name, split in evaluation.items()}
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or self._examples.collator(),
+            train_dataset=None if train is None else with_reference(train, self.reference_cache),
+            eval_dataset=joined.get("", joined or None),
+            processing_class=self._examples.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            micro_batch_tokens=_micro_batch_tokens(args),
+        )
+        base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
+        fuse_head(self.model)
+
+    # ---- reference
+
+    reference_cache: ReferenceCache
+
+    def _score(self, reference: ReferenceModel, splits: list[Dataset], args: DPOConfig) -> None:
+        self.reference_cache = build_cache(
+            str(Path(args.cache_dir or DEFAULT_CACHE_DIR).expanduser()),
+            reference,
+            splits,
+            batch_tokens=args.precompute_ref_batch_tokens,
+            progress=not args.disable_tqdm,
+        )
+
+    def _joined(self, dataset: Any) -> Dataset:
+        """A data set handed to `evaluate`, tokenised and with its reference log-probs."""
+        if isinstance(dataset, Dataset) and set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        examples = self._examples.prepare(dataset, "evaluate")
+        if missing := self.reference_cache.missing(PreferenceSequences(examples)):
+            reference = self._reference or ReferenceModel.from_model(
+                self.accelerator.unwrap_model(self.model), adapter=self._adapter, autocast=self._autocast
+            )
+            if reference.digest() != self.reference_cache.reference:
+                raise ValueError(
+                    f"{len(missing)} sequences of this data set have no reference log-probs, and the reference is "
+                    "gone: the policy has changed since. Give the data as eval_dataset to the constructor, or "
+                    "ref_model by name"
+                )
+            self._score(reference, [examples], self.args)
+        return with_reference(examples, self.reference_cache)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics with standard errors of accuracy and margin, over the constructor's eval_dataset or another."""
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._joined(part) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None and not (
+            isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
+        ):
+            eval_dataset = self._joined(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not resume_from_checkpoint and self.state.global_step == 0:
+            self.check_start()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_start(self) -> float | None:
+        """If the policy is its own reference, raise ReferenceError unless it gives the cached log-probs on a few pairs.
+
+        Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent.
+        """
+        if not self._starts_at_reference or self.train_dataset is None:
+            return None
+        examples = self.train_dataset.select(sample_indices(len(self.train_dataset)))
+        return check_start(
+            self.model,
+            self._prepare_inputs(self.data_collator([examples[i] for i in range(len(examples))])),
+            examples,
+            self._autocast or next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
+            autocast=self.accelerator.autocast(),
+            loss_fn=lambda model, batch: self.pair_loss(model, batch, None).loss,
+            options=self._loss_options(),
+        )
+
+    def run_state(self) -> dict[str, Any]:
+        return super().run_state() | {"reference": self.reference_cache.reference}
+
+    def restore_run_state(self, state: dict[str, Any]) -> None:
+        if state["reference"] != self.reference_cache.reference:
+            raise ValueError(
+                f"the checkpoint was trained against reference {state['reference'][:12]}…, this trainer has "
+                f"{self.reference_cache.reference[:12]}…: construct it with the same policy and ref_model as the first "
+                "run (resume_from_checkpoint loads the trained weights), or leave out resume_from_checkpoint"
+            )
+        super().restore_run_state(state)
+
+    # ---- loss
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in ("beta", "loss_type", "label_smoothing", "length_alpha")}
+
+    def pair_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
+        """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its pairs."""
+        args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
+
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
+            return linear_dpo_loss(
+                hidden,
+                head.weight,
+                batch["targets"].to(hidden.device),
+                ref_logps=batch["ref_logps"].to(hidden.device),
+                rows=rows,
+                num_items=num_items,
+                token_metrics=args.token_metrics,
+                backend=args.backend,
+                schedule=args.schedule,
+                workspace_mb=args.workspace_mb,
+                **self._loss_options(),
+                **head.options,
+            )
+
+        # Padding is on the right and attention causal: real tokens never see it, so there is nothing to mask, and
+        # without a mask attention takes its fast causal path. The router's loss counts tokens and does need the mask.
+        if not self._router_coef:
+            return model(input_ids=batch["input_ids"], head_fn=head_fn)
+        output, aux_loss = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            output_router_logits=True,
+            head_fn=head_fn,
+        )
+        pairs = num_pairs(batch)
+        share = 1.0 if num_items is None else pairs / num_items
+        count = torch.full_like(aux_loss.detach(), pairs)
+        metrics = output.metrics | {"aux_loss": Metric(aux_loss.detach() * count, count)}
+        return LossOutput(output.loss + self._router_coef * share * aux_loss.to(output.loss.device), metrics)
+
+
+def _checked(
+    model: str | nn.Module | None, ref_model: str | nn.Module | None, args: DPOConfig | None, compute_metrics: Any
+) -> tuple[str | nn.Module, DPOConfig]:
+    if compute_metrics is not None:
+        raise ValueError("compute_metrics is not supported: no logits exist to compute metrics from")
+    if model is None:
+        model = args.model_name_or_path if args is not None else None
+        if model is None:
+            raise ValueError("no model: give model, or args.model_name_or_path")
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model must be a name or a model, got {type(model).__name__}")
+    if ref_model is model and isinstance(model, nn.Module):
+        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
+    if args is None:
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        args = DPOConfig(output_dir=f"{name.rstrip('/').rsplit('/', 1)[-1] or 'policy'}-DPO")
+    if not isinstance(args, DPOConfig):
+        raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
+    return model, args
+
+
+def _router_coefficient(policy: nn.Module, args: DPOConfig) -> float:
+    """The weight of the load-balancing loss: the config's, or the model's own; 0 for a model without one."""
+    able = has_router_loss(policy)
+    if args.router_aux_loss_coef and not able:
+        name = type(base_causal_lm(policy)).__name__
+        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: {name} has no load-balancing loss")
+    if args.router_aux_loss_coef is not None:
+        return args.router_aux_loss_coef
+    return (
+        float(getattr(base_causal_lm(policy).config.get_text_config(decoder=True), "router_aux_loss_coef", 0))
+        if able
+        else 0.0
+    )
+
+
+def _micro_batch_tokens(args: DPOConfig) -> int:
+    if args.micro_batch_tokens is not None:
+        return args.micro_batch_tokens
+    return DEFAULT_MICRO_BATCH_TOKENS.get(args.device.type, DEFAULT_MICRO_BATCH_TOKENS["cuda"])

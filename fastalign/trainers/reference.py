@@ -1,0 +1,193 @@
+"""Reference log-probs for a trainer: cached on disk, joined to the examples, checked before they are trusted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import pyarrow
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+
+from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel, TokenSequence
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+CHECKED_PAIRS = 4
+# Mean difference per token, in nats, that rounding may leave between two computations of one sequence. A wrong
+# reference, row or token span is off by tenths of a nat.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_16_BIT = 0.05
+
+
+class ReferenceError(ValueError):
+    """Cached log-probs are not those of the reference."""
+
+
+def reference_adapter(model: nn.Module) -> str | None:
+    """The adapter of a PeftModel that its reference includes: the active one, unless it changes nothing yet.
+
+    A policy with an SFT adapter has base and adapter as its reference; with a fresh LoRA (B = 0) the base alone, so
+    that the random A of a new adapter does not make it another reference.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    adapter = model.active_adapter
+    if model.peft_config[adapter].is_prompt_learning:
+        raise ValueError(
+            f"adapter {adapter!r} is {model.peft_config[adapter].peft_type.value}: adapters that add tokens to the "
+            "prompt are not supported; use LoRA"
+        )
+    return None if _changes_nothing(model, adapter) else adapter
+
+
+def _changes_nothing(model: PeftModel, adapter: str) -> bool:
+    config = model.peft_config[adapter]
+    if config.peft_type.value != "LORA" or config.use_dora or config.modules_to_save:
+        return False
+    last = [
+        p
+        for name, p in model.named_parameters()
+        if f".{adapter}" in name and ("lora_B" in name or "embedding_B" in name)
+    ]
+    trained = [p for name, p in model.named_parameters() if adapter in name and "lora_" not in name]
+    return bool(last) and not trained and not any(bool(p.any()) for p in last)
+
+
+def build_cache(
+    cache_dir: str, reference: ReferenceModel, datasets: Sequence[Dataset], *, batch_tokens: int, progress: bool
+) -> ReferenceCache:
+    """Log-probs of all examples, each computed at most once; processes share the work. Every process must call this."""
+    state = PartialState()
+    examples = _Chained(datasets)
+    share = PreferenceSequences(_Strided(examples, state.process_index, state.num_processes))
+    cache = ReferenceCache.build(cache_dir, reference, share, batch_tokens=batch_tokens, progress=progress)
+    report = cache.report
+    if report is not None:
+        logger.info("reference log-probs: %d found in %s, %d computed", report.cached, cache_dir, report.computed)
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        cache.reload()
+    return cache
+
+
+def with_reference(dataset: Dataset, cache: ReferenceCache) -> Dataset:
+    """The examples with `ref_chosen_logps` and `ref_rejected_logps` (float32 lists, one value a token) and `length`."""
+    logps = cache.lookup(PreferenceSequences(dataset))
+    dataset = dataset.with_format(None)
+    for name, values in zip(REFERENCE_COLUMNS, (logps[0::2], logps[1::2]), strict=True):
+        if name in dataset.column_names:
+            dataset = dataset.remove_columns(name)
+        dataset = dataset.add_column(name, _list_column(values))
+    if "length" not in dataset.column_names:
+        dataset = dataset.add_column("length", pyarrow.array(pair_lengths(dataset), pyarrow.int32()))
+    return dataset.with_format("numpy")
+
+
+def pair_lengths(dataset: Dataset) -> np.ndarray:
+    """(n,) tokens of the longer sequence of each pair: what `train_sampling_strategy="group_by_length"` groups by."""
+    sizes = [_list_lengths(dataset, name) for name in EXAMPLE_COLUMNS]
+    return sizes[0] + np.maximum(sizes[1], sizes[2])
+
+
+def _list_lengths(dataset: Dataset, name: str) -> np.ndarray:
+    return np.array([len(ids) for ids in dataset[name]], np.int64)
+
+
+def _list_column(values: Sequence[np.ndarray]) -> Any:
+    offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])
+    flat = np.concatenate(values).astype(np.float32)
+    large = offsets[-1] > np.iinfo(np.int32).max
+    array, kind = (pyarrow.LargeListArray, np.int64) if large else (pyarrow.ListArray, np.int32)
+    return array.from_arrays(offsets.astype(kind), pyarrow.array(flat))
+
+
+def check_cached(
+    cache: ReferenceCache, reference: ReferenceModel, dataset: Dataset, autocast: torch.dtype | None
+) -> None:
+    """Recompute a few log-probs; ReferenceError if the cached ones differ. A cache just filled is not checked."""
+    if cache.report is not None and not cache.report.cached:
+        return
+    examples = dataset.select(sample_indices(len(dataset)))
+    sequences: list[TokenSequence] = list(PreferenceSequences(examples))
+    with reference.scorer() as score:
+        fresh = score(sequences)
+        dtype = autocast or next(p.dtype for p in score.model.parameters() if p.is_floating_point())
+    reference.release()
+    worst = compare_logps(fresh, cache.lookup(sequences), dtype, f"the reference ({reference.source})", examples)
+    logger.info("reference log-probs: %d cached pairs recomputed, %.1e nats a token apart", len(examples), worst)
+
+
+def compare_logps(
+    fresh: Sequence[np.ndarray], cached: Sequence[np.ndarray], dtype: torch.dtype, whose: str, examples: Dataset
+) -> float:
+    """Largest mean difference per token of a sequence, in nats; ReferenceError names the pair where it is too large.
+
+    fresh, cached: per-token log-probs, chosen and rejected interleaved. dtype: that of the computation.
+    """
+    differences = [float(np.abs(a - b).mean()) for a, b in zip(fresh, cached, strict=True)]
+    worst = int(np.argmax(differences))
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
+    if not differences[worst] <= tolerance:  # nan too
+        row = f" (row {examples['row'][worst // 2]} of the data set)" if "row" in examples.column_names else ""
+        raise ReferenceError(
+            f"the cached reference log-probs of the {('chosen', 'rejected')[worst % 2]} response of pair "
+            f"{worst // 2}{row} are {differences[worst]:.2e} nats a token away from those of {whose}; accepted are "
+            f"{tolerance:g} in {dtype}. The cache was damaged or belongs to another model: name another cache_dir"
+        )
+    return differences[worst]
+
+
+def sample_indices(n: int) -> list[int]:
+    """A few positions spread over n examples, the same ones every time."""
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(CHECKED_PAIRS, n))})
+
+
+class _Chained(Sequence[Any]):
+    """Several data sets as one sequence of examples."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self._datasets[which][index - int(self._ends[which - 1] if which else 0)]
+
+
+class _Strided(Sequence[Any]):
+    """Items first, first + step, ... of a sequence: one process's share."""
+
+    def __init__(self, items: Sequence[Any], first: int, step: int) -> None:
+        self._items, self._positions = items, range(first, len(items), step)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self._items[i] for i in self._positions[index]]
+        return self._items[self._positions[index]]

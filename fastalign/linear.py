@@ -34,8 +34,8 @@ def linear_dpo_loss(
             of scored tokens of a response. reduction="none" gives (P,) and scores everything before the loss
             (deferred).
         rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
-        token_metrics: also `entropy` (nats, mean over completion tokens), `mean_token_accuracy`, `logits/chosen` and
-            `logits/rejected` (mean over tokens and vocabulary), as TRL logs them.
+        token_metrics: also, as TRL logs them, `entropy` (nats, mean over completion tokens), `mean_token_accuracy` (of
+            the chosen responses), `logits/chosen` and `logits/rejected` (mean over tokens and vocabulary).
     Returns:
         LossOutput with the metrics of `losses.dpo_loss`.
     Raises:
@@ -59,10 +59,16 @@ def linear_dpo_loss(
     }  # fmt: skip
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor) -> Tensor:
-        return pair_losses(*_halves(scored, cu, ref_logps), **_lengths(cu, ref_logps), **options)
+        chosen_lengths, rejected_lengths = _lengths(cu, ref_logps)
+        return pair_losses(
+            *_halves(scored, cu, ref_logps), chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **options
+        )
 
     def metrics(scored: LinearLogps, cu: Tensor, ref_logps: Tensor) -> dict[str, Metric]:
-        found = dpo_metrics(*_halves(scored, cu, ref_logps), **_lengths(cu, ref_logps), beta=beta)
+        chosen_lengths, rejected_lengths = _lengths(cu, ref_logps)
+        found = dpo_metrics(
+            *_halves(scored, cu, ref_logps), chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, beta=beta
+        )
         return found | (_token_metrics(scored, cu) if token_metrics else {})
 
     groups = list(range(pairs)) * 2
@@ -144,22 +150,24 @@ def _halves(scored: LinearLogps, cu: Tensor, ref_logps: Tensor) -> tuple[Tensor,
     return chosen, rejected, ref_chosen, ref_rejected
 
 
-def _lengths(cu: Tensor, like: Tensor) -> dict[str, Tensor]:
+def _lengths(cu: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected) completion lengths, (P',) each."""
     lengths = cu.diff().to(device=like.device, non_blocking=True)
     chosen, rejected = lengths.chunk(2) if len(lengths) else (lengths, lengths)
-    return {"chosen_lengths": chosen, "rejected_lengths": rejected}
+    return chosen, rejected
 
 
-def _accuracy_and_entropy(scored: LinearLogps) -> dict[str, Metric]:
+def _accuracy_and_entropy(scored: LinearLogps, last: int | None = None) -> dict[str, Metric]:
+    """Mean entropy of all tokens, and accuracy of the first `last` of them."""
     assert scored.entropy is not None
     assert scored.is_top1 is not None
-    return {"entropy": mean_metric(scored.entropy), "mean_token_accuracy": mean_metric(scored.is_top1.float())}
+    return {"entropy": mean_metric(scored.entropy), "mean_token_accuracy": mean_metric(scored.is_top1[:last].float())}
 
 
 def _token_metrics(scored: LinearLogps, cu: Tensor) -> dict[str, Metric]:
     assert scored.mean_logits is not None
     middle = int(cu[len(cu) // 2])  # cu is on the host
-    return _accuracy_and_entropy(scored) | {
+    return _accuracy_and_entropy(scored, middle) | {
         "logits/chosen": mean_metric(scored.mean_logits[:middle]),
         "logits/rejected": mean_metric(scored.mean_logits[middle:]),
     }

@@ -176,11 +176,16 @@ def _inputs(
             raise ValueError(
                 f"inputs[{name!r}] requires grad, but a streamed loss gives gradients to the head only; detach it"
             )
-        if tensor.shape == targets.shape:
+        if (
+            not by_token
+            and tensor.dim() >= 1
+            and tensor.shape[0] == S
+            and (tensor.dim() == 1 or tensor.shape != targets.shape)
+        ):
+            flat[name] = tensor
+        elif tensor.shape == targets.shape:
             flat[name] = tensor.reshape(-1)
             per_token.add(name)
-        elif not by_token and tensor.dim() >= 1 and tensor.shape[0] == S:
-            flat[name] = tensor
         else:
             accepted = f"per token {tuple(targets.shape)}" + ("" if by_token else f" or per sequence ({S}, ...)")
             raise ValueError(f"inputs[{name!r}] must be {accepted}, got {tuple(tensor.shape)}")

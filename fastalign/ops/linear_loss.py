@@ -57,7 +57,8 @@ def linear_loss(
         cu_seqlens: (S + 1,) int32 on the host, over all N tokens.
         groups: (S,) integers on the host, which sequences belong together; None: every sequence is its own group;
             "tokens": every token is (loss_fn then gets cu_seqlens=None and returns (n,)).
-        inputs: tensors the loss needs, none requiring grad: per sequence (S, ...) or per token (targets' shape).
+        inputs: tensors the loss needs, none requiring grad: per sequence (S, ...) or per token (targets' shape);
+            one that could be either, because every sequence is one token, is taken per sequence.
         denominator: D, a number or a 0-dim tensor; None: the number of scored tokens.
         reduce: False returns the losses of all groups (G,), undivided; they are then scored before the loss.
         metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
@@ -97,16 +98,20 @@ def linear_loss(
         )  # fmt: skip
         everything = layout.everything()
         index = layout.rows_on(flat.device)
-        scored = LinearLogps(*(None if t is None else t.index_select(0, index) for t in out))
+        scored = _map(out, lambda t: t.index_select(0, index))
         losses = everything.losses(loss_fn, layout, scored)
         loss = losses.sum() / denominator if reduce else losses
-        scored = LinearLogps(*(None if t is None else t.detach() for t in scored))
+        scored = _map(scored, Tensor.detach)
     metrics: dict[str, Metric] = {}
     if metrics_fn is not None:
         with torch.no_grad():
             everything = layout.everything()
             metrics = metrics_fn(scored, everything.cu_seqlens, **everything.pick(layout))
     return LossOutput(loss, metrics)
+
+
+def _map(scored: LinearLogps, fn: Callable[[Tensor], Tensor]) -> LinearLogps:
+    return LinearLogps(*(None if t is None else fn(t) for t in scored))  # type: ignore[arg-type]
 
 
 # ---- the pass
@@ -198,7 +203,7 @@ class _Streamed(torch.autograd.Function):
     """The loss with its gradients already computed for grad_output = 1; backward scales and casts them once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, job):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, targets, job):
         loss, tiles, sinks = job.run(hidden, weight, bias, targets)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.sinks = sinks
@@ -206,7 +211,7 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_output):
         sinks, ctx.sinks = ctx.sinks, None
         if sinks is None:
             raise RuntimeError(
@@ -215,7 +220,7 @@ class _Streamed(torch.autograd.Function):
             )
         # a loss scale of 1 is known for free on the CPU; on a GPU asking would cost a synchronisation
         unscaled = grad_output.device.type == "cpu" and grad_output.item() == 1.0
-        grads = []
+        grads: list[Tensor | None] = []
         for grad, dtype in zip((sinks.hidden, sinks.weight, sinks.bias), ctx.dtypes, strict=True):
             if grad is None:
                 grads.append(None)

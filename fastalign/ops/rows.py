@@ -153,13 +153,14 @@ def row_stats(tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, state
     values[TARGET].copy_(torch.where(inside, picked, values[TARGET]))
 
     new_max = torch.maximum(values[MAX], slab_max)
-    delta = values[MAX] - new_max
+    center = torch.where(new_max == -torch.inf, 0.0, new_max)  # all logits −inf so far: exp(−inf − 0) = 0
+    delta = values[MAX] - center
     scale = delta.exp()  # exp(-inf) = 0 at the first slab
-    z -= new_max[:, None]
+    z -= center[:, None]
     e = z.exp()
     if spec.entropy:
         carried = torch.where(values[SUM] > 0, (values[ENT] + delta * values[SUM]) * scale, 0.0)
-        values[ENT].copy_(carried + (e * z).sum(dim=1))
+        values[ENT].copy_(carried + torch.where(e > 0, e * z, 0.0).sum(dim=1))
     values[SUM].copy_(values[SUM] * scale + e.sum(dim=1))
     if spec.sum_sq:
         values[SUM_SQ].copy_(values[SUM_SQ] * scale * scale + e.square_().sum(dim=1))
@@ -188,7 +189,10 @@ def row_grad(
             slope = (1 - (z / spec.out_scale).square_()).mul_(spec.in_scale * spec.out_scale)
         logp = z.sub_(stats.max[:, None]).sub_(stats.log_sum[:, None])
         grad = logp.exp()
-        grad *= coef.base[:, None] if coef.entropy is None else coef.base[:, None] - coef.entropy[:, None] * logp
+        if coef.entropy is None:
+            grad *= coef.base[:, None]
+        else:
+            grad = torch.where(grad > 0, grad * (coef.base[:, None] - coef.entropy[:, None] * logp), grad)
     local = targets - v0
     inside = (local >= 0) & (local < tile.shape[1])
     local = local.clamp(0, tile.shape[1] - 1)[:, None]

@@ -1,0 +1,143 @@
+"""The planner: its choices, and that calls allocate what it predicts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastalign.ops import plan
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, SCHEDULES
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule", "gemms"),
+    [
+        ({"needs": (False, False, False)}, "forward", 1),
+        ({"needs": (True, True, False), "schedule": "deferred"}, "deferred", 4),
+        ({"needs": (False, True, False), "schedule": "deferred"}, "deferred", 3),
+        ({"needs": (True, False, False)}, "frozen", 2),
+        ({"needs": (True, True, False), "group_rows": 64}, "streamed", 3),
+        ({"needs": (True, False, False), "group_rows": 64}, "streamed", 2),
+        ({"needs": (True, True, False), "workspace_bytes": 2**34}, "cached", 3),
+    ],
+)
+def test_choice(arguments, schedule, gemms):
+    chosen = plan(1024, 64, 50257, **arguments)
+    assert (chosen.schedule, chosen.gemms) == (schedule, gemms)
+    assert schedule in str(chosen)
+    assert chosen.reason
+
+
+def test_what_is_kept_saves_that_share_of_a_gemm():
+    chosen = plan(1024, 64, 50257, workspace_bytes=80 * MIB)
+    assert chosen.schedule == "cached"
+    assert 0 < chosen.kept_rows < 1024
+    assert chosen.gemms == 4 - chosen.kept_rows / 1024
+
+
+@given(
+    n=st.integers(0, 20_000), H=st.integers(1, 8192), V=st.integers(1, 300_000), budget=st.integers(2**20, 2**34),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), device_type=st.sampled_from(["cpu", "cuda"]),
+    schedule=st.sampled_from(["auto", "deferred", "streamed", "frozen"]), autocast=st.booleans(),
+)  # fmt: skip
+def test_the_budget_is_kept_once_it_holds_a_minimal_tile(n, H, V, budget, dtype, device_type, schedule, autocast):
+    needs = (True, schedule != "frozen", False)
+    chosen = plan(
+        n, H, V, dtype=dtype, device_type=device_type, needs=needs, workspace_bytes=budget, schedule=schedule,
+        group_rows=64 if schedule == "streamed" else None, weight_dtype=torch.float32 if autocast else None,
+    )  # fmt: skip
+    assert chosen.schedule in SCHEDULES
+    assert chosen.rows >= 1
+    assert 1 <= chosen.slab <= V
+    assert 0 <= chosen.kept_rows <= n
+    smallest = 16 * (8 * H + 4 * V) + 2048 * 6 * H + 64 * (6 * H + 4 * chosen.rows)
+    kept = chosen.saved_bytes if chosen.schedule == "cached" else 0
+    assert chosen.workspace_bytes + kept <= max(budget, smallest)
+
+
+def test_unknown_device_and_bad_budget_are_refused():
+    with pytest.raises(ValueError, match="device_type must be one of"):
+        plan(8, 8, 8, device_type="abacus")
+    with pytest.raises(ValueError, match="the workspace must be positive"):
+        plan(8, 8, 8, workspace_bytes=0)
+
+
+def test_the_default_budget_is_a_constant_per_device():
+    assert set(DEFAULT_WORKSPACE_MB) == {"cpu", "cuda"}
+    assert plan(4096, 512, 50257) == plan(4096, 512, 50257, workspace_bytes=DEFAULT_WORKSPACE_MB["cpu"] * MIB)
+
+
+MEASURE = textwrap.dedent(
+    """
+    import json, resource, sys
+    import torch
+    from fastalign.ops import linear_logps, linear_loss, plan
+    case = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    n, H, V, dtype = case["n"], case["H"], case["V"], getattr(torch, case["dtype"])
+    half = case.get("ignored", False)
+
+    def call(n, V, case, measure=False):
+        hidden = torch.randn(n, H, dtype=dtype).requires_grad_()
+        weight = torch.empty(V, H, dtype=dtype).fill_(0.01).requires_grad_(case["weight"])
+        targets = torch.randint(0, V, (n,))
+        if half:
+            targets[::2] = -100
+        before = 0
+        if measure:
+            open("/proc/self/clear_refs", "w").write("5")  # restart the high-water mark at what is resident now
+            before = peak()
+        if case["schedule"] == "streamed":
+            loss = linear_loss(
+                lambda s, cu: -s.logps, hidden, weight, targets, groups="tokens", workspace_mb=case["workspace_mb"]
+            ).loss
+        else:
+            out = linear_logps(hidden, weight, targets, schedule=case["schedule"], workspace_mb=case["workspace_mb"])
+            loss = out.logps.sum()
+        if loss.requires_grad:
+            loss.backward()
+        return peak() - before
+
+    def peak():
+        line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+    call(64, 512, case)  # libraries allocate their own buffers at the first call
+    used = call(n, V, case, measure=True)
+    scored = (n + 1) // 2 if half else n
+    p = plan(
+        scored, H, V, dtype=dtype, needs=(True, case["weight"], False),
+        workspace_bytes=int(case["workspace_mb"] * 2**20), schedule=case["schedule"], group_rows=1 if case["schedule"] == "streamed" else None, num_tokens=n,
+    )
+    print(json.dumps({"used": used, "predicted": p.predicted_bytes, "plan": str(p)}))
+    """
+)
+
+
+@pytest.mark.parametrize("workspace_mb", [16, 48])
+@pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half ignored"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["deferred", "cached", "streamed", "frozen"])
+def test_peak_memory_stays_within_the_prediction(schedule, dtype, ignored, workspace_mb):
+    """High-water mark of a fresh process, above what stood before the call; naive logits here take 201 MiB and more."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads the high-water mark from /proc")
+    case = {
+        "n": 1500, "H": 256, "V": 35149, "dtype": dtype, "schedule": schedule, "weight": schedule != "frozen",
+        "workspace_mb": workspace_mb, "ignored": ignored,
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-P", "-c", MEASURE, json.dumps(case)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    slack = 3 * MIB  # pages of the allocator, threads' stacks and per-row vectors
+    assert result["used"] <= 1.1 * result["predicted"] + slack, result
+    assert result["used"] >= 0.5 * result["predicted"] - slack, result

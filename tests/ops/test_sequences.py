@@ -1,0 +1,64 @@
+"""Per-sequence sums, padded and packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastalign.ops import sequence_logps
+
+
+@given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_packed_equals_padded_and_a_loop(lengths, seed):
+    g = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(max(lengths), 1)
+    padded = torch.randn(B, T, generator=g, dtype=torch.float64)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    packed = padded[mask].requires_grad_()
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    for reduction in ("sum", "mean"):
+        expected = [
+            row[:n].sum() / (max(n, 1) if reduction == "mean" else 1) for row, n in zip(padded, lengths, strict=True)
+        ]
+        expected = torch.stack(expected)
+        torch.testing.assert_close(sequence_logps(padded, mask=mask, reduction=reduction), expected)
+        out = sequence_logps(packed, cu_seqlens=cu, reduction=reduction)
+        torch.testing.assert_close(out, expected)
+        if packed.numel():
+            (grad,) = torch.autograd.grad(out.sum(), packed)
+            each = torch.ones(B) if reduction == "sum" else 1 / torch.tensor(lengths).clamp(min=1)
+            torch.testing.assert_close(grad, each.double().repeat_interleave(torch.tensor(lengths)))
+
+
+def test_nan_under_the_mask_does_not_leak():
+    values = torch.tensor([[1.0, torch.nan], [2.0, 3.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, True]])
+    sums = sequence_logps(values, mask=mask)
+    assert sums.tolist() == [1.0, 5.0]
+    (grad,) = torch.autograd.grad(sums.sum(), values)
+    assert grad.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_compiles_without_a_graph_break():
+    cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    compiled = torch.compile(lambda x: sequence_logps(x, cu_seqlens=cu), fullgraph=True, backend="aot_eager")
+    values = torch.randn(5, requires_grad=True)
+    out = compiled(values)
+    torch.testing.assert_close(out, sequence_logps(values, cu_seqlens=cu))
+    (grad,) = torch.autograd.grad(out.square().sum(), values)
+    assert grad.shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("reduction must be", {"reduction": "max"}),
+        ("mask must be", {"mask": torch.ones(3, 2)}),
+        (r"must be \(N,\) with cu_seqlens", {"cu_seqlens": torch.tensor([0, 2])}),
+    ],
+)
+def test_bad_arguments_are_named(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        sequence_logps(torch.zeros(2, 3), **arguments)

@@ -40,6 +40,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def architecture(device: torch.device) -> str:
+    """Name of a GPU's instruction set, "sm_90" or "gfx942"; that of an H100 where kernels are interpreted."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @functools.cache
 def _reasons() -> dict[str, str | None]:
     reasons: dict[str, str | None] = {"torch": None}

@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 def forward(tiles: Tiles) -> Scored:
     """Score all rows of the plan; keep what its schedule keeps."""
     plan, spec = tiles.plan, tiles.spec
-    if plan.schedule == "forward" and tiles.backend.fused_forward is not None and tiles.hidden.is_cuda:
+    if plan.schedule == "forward" and tiles.backend.fused_forward and tiles.weight.dtype == tiles.hidden.dtype:
         state = tiles.backend.fused_forward(tiles.hidden, tiles.weight, tiles.bias, tiles.targets, tiles.rows, spec)
         return Scored(R.finish(state, spec), state, None, None)
     parts: list[R.RowState] = []

@@ -17,8 +17,7 @@ def sequence_logps(
         per_token_logps: padded (B, T), or packed (N,) with cu_seqlens. float32.
         mask: bool, per_token_logps' shape, True = completion token. None counts every token. Values under the mask, NaN
             included, do not leak.
-        cu_seqlens: (B + 1,) int32 or int64, starting at 0 and ending at N: sequence b is tokens
-            cu_seqlens[b]:cu_seqlens[b+1].
+        cu_seqlens: (B + 1,) int32 or int64, from 0 to N: sequence b is tokens cu_seqlens[b]:cu_seqlens[b+1].
         reduction: "sum" or "mean"; the mean of an empty sequence is 0.
     Returns:
         (B,) in per_token_logps' dtype.
@@ -52,7 +51,7 @@ def sequence_logps(
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Σ of values (N,) between consecutive offsets (B + 1,) int64 on the same device; 0 for an empty segment.
 
-    Summed in float64, which costs nothing on a vector: a margin is the small difference of two sums of hundreds of nats.
+    Summed in float64, which costs nothing on a vector: a margin is the small difference of two large sums.
     """
     sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, axis=0, initial=0.0, unsafe=True)
     return sums.to(values.dtype)

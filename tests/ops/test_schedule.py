@@ -116,7 +116,8 @@ MEASURE = textwrap.dedent(
     scored = (n + 1) // 2 if half else n
     p = plan(
         scored, H, V, dtype=dtype, needs=(True, case["weight"], False),
-        workspace_bytes=int(case["workspace_mb"] * 2**20), schedule=case["schedule"], group_rows=1 if case["schedule"] == "streamed" else None, num_tokens=n,
+        workspace_bytes=int(case["workspace_mb"] * 2**20), schedule=case["schedule"],
+        group_rows=1 if case["schedule"] == "streamed" else None, num_tokens=n,
     )
     print(json.dumps({"used": used, "predicted": p.predicted_bytes, "plan": str(p)}))
     """

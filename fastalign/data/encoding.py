@@ -46,13 +46,10 @@ class PairEncoder:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        # Between the special tokens before and after a text, only those before are kept: ours is the end.
-        bare, whole = self._ids(["a"])[0], tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        self._prefix = whole[: starts[0]] if starts else []
+        self._prefix: list[int] | None = None  # what the tokenizer puts before a text, known from the first one
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
-        """One `Encoded` or the reason why there is none for each pair. ValueError: plain text without an EOS token."""
+        """One `Encoded` or the reason why there is none for each pair. ValueError: plain text, and no EOS token."""
         texts: list[tuple[str, str, str] | RowError] = [self._render(pair) for pair in pairs]
         good = [text for text in texts if not isinstance(text, RowError)]
         prompts, chosen, rejected = zip(*good, strict=True) if good else ((), (), ())
@@ -96,6 +93,8 @@ class PairEncoder:
     def _assemble(
         self, pair: Pair, texts: tuple[str, str, str], prompt_ids: list[int], *joint: list[int]
     ) -> Encoded | RowError:
+        if not prompt_ids:
+            return RowError(Reason.EMPTY_PROMPT, "it has no tokens")
         completions, merged = [], 0
         for name, response, ids in zip(("chosen", "rejected"), texts[1:], joint, strict=True):
             if ids[: len(prompt_ids)] == prompt_ids:
@@ -116,14 +115,20 @@ class PairEncoder:
                     "set tokenizer.eos_token"
                 )
             completions = [ids if ids[-1] == self.eos_token_id else [*ids, self.eos_token_id] for ids in completions]
-            if prompt_ids[: len(self._prefix)] != self._prefix:
-                prompt_ids = self._prefix + prompt_ids
-        if not prompt_ids:
-            return RowError(Reason.EMPTY_PROMPT, "the prompt has no tokens")
+            prompt_ids = self._with_prefix(texts[0], prompt_ids)
         chosen_ids, rejected_ids = completions
         if chosen_ids == rejected_ids:
             return RowError(Reason.IDENTICAL, "chosen and rejected have the same tokens")
         return Encoded(prompt_ids, chosen_ids, rejected_ids, merged)
+
+    def _with_prefix(self, prompt: str, prompt_ids: list[int]) -> list[int]:
+        if self._prefix is None:
+            # The tokenizer may put special tokens behind a text too; those are not wanted between prompt and response.
+            whole, n = self.tokenizer(prompt)["input_ids"], len(prompt_ids)
+            self._prefix = next((whole[:i] for i in range(len(whole)) if whole[i : i + n] == prompt_ids), None)
+        if self._prefix is None:
+            raise ValueError("the tokenizer encodes a text differently with and without special tokens around it")
+        return prompt_ids if prompt_ids[: len(self._prefix)] == self._prefix else self._prefix + prompt_ids
 
     def _encode_apart(self, prompt_ids: list[int], response: str, joint: list[int]) -> list[int] | None:
         """Ids of `response` that decode to the right text after the prompt; None if none are found.

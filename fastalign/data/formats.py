@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastalign.data.conversations import from_messages, from_transcripts, transcripts_of
-from fastalign.data.pairs import ChatPair, Pair, TextPair, common_length
+from fastalign.data.pairs import ChatPair, Message, Pair, TextPair, common_length
 from fastalign.data.report import Reason, RowError
 from fastalign.data.rows import Unreadable
 
@@ -114,17 +114,20 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_pair(pair: Pair) -> None:
-    if not (pair.prompt.strip() if isinstance(pair, TextPair) else pair.prompt):
+    prompt = [pair.prompt] if isinstance(pair, TextPair) else pair.prompt
+    if all(map(_is_empty, prompt)):
         raise RowError(Reason.EMPTY_PROMPT, "nothing comes before the responses")
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if isinstance(response, str):
-            empty = not response.strip()
-        else:
-            empty = not response["content"].strip() and not response.get("tool_calls")
-        if empty:
+        if _is_empty(response):
             raise RowError(Reason.EMPTY_RESPONSE, name)
     if pair.chosen == pair.rejected:
         raise RowError(Reason.IDENTICAL, "chosen equals rejected")
+
+
+def _is_empty(part: str | Message) -> bool:
+    if isinstance(part, str):
+        return not part.strip()
+    return not part["content"].strip() and not part.get("tool_calls")
 
 
 # Strings --------------------------------------------------------------------------------------------------------------

@@ -86,6 +86,17 @@ def test_special_tokens_stand_once_whatever_the_tokenizer_adds_and_the_row_bring
         assert _one(tokenizer, _text_pair("<s>yes and", " no", " maybe")) == plain
 
 
+def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused(text_tokenizer):
+    class Changing:
+        eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True, **kwargs):
+            return {"input_ids": [5, 6, 7]} if add_special_tokens else text_tokenizer(text, add_special_tokens=False)
+
+    with pytest.raises(ValueError, match="differently with and without special tokens"):
+        PairEncoder(Changing())([_text_pair("yes", " no", " maybe")])
+
+
 def test_pad_may_be_eos(byte_bpe, text_tokenizer):
     same = byte_bpe(bos=True, pad_token="</s>")
     pair = _text_pair("the answer is", " yes", " no")

@@ -74,6 +74,7 @@ def test_none_is_an_absent_key():
         ({**STRINGS, "images": ["x.png"]}, auto, Reason.UNSUPPORTED, "images"),
         ({**STRINGS, "prompt": " \n"}, auto, Reason.EMPTY_PROMPT, "before"),
         ({**STRINGS, "prompt": ""}, text, Reason.EMPTY_PROMPT, "before"),
+        ({**STRINGS, "prompt": ""}, chat, Reason.EMPTY_PROMPT, "before"),
         ({**STRINGS, "chosen": " \n"}, auto, Reason.EMPTY_RESPONSE, "chosen"),
         ({**STRINGS, "rejected": ""}, chat, Reason.EMPTY_RESPONSE, "rejected"),
         ({**STRINGS, "rejected": " hello"}, auto, Reason.IDENTICAL, "equals"),

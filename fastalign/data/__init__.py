@@ -1,11 +1,17 @@
 """Rows to validated pairs to tokens to batches. The one place that shifts labels."""
 
 from fastalign.data.collator import PreferenceCollator
-from fastalign.data.preferences import PreferenceData, prepare_preferences
+from fastalign.data.formats import FORMATS
+from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
+from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
 from fastalign.data.sources import load_rows
 
 __all__ = [
+    "FORMATS",
+    "ON_BAD_ROW",
+    "ON_LONG_PROMPT",
+    "TRUNCATION_MODES",
     "BadRow",
     "BadRowsError",
     "DataReport",

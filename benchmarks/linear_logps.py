@@ -149,8 +149,8 @@ PROVIDERS: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
         "fastalign auto": with_upstream(lambda i: ours_logps(i, "auto")),
     },
     "loss": {
-        "naive": naive_loss, "torch linear_cross_entropy": torch_loss, "liger": liger_loss, "cce": lambda i: "
-        "cce(i, "sum"),
+        "naive": naive_loss, "torch linear_cross_entropy": torch_loss, "liger": liger_loss,
+        "cce": lambda i: cce(i, "sum"),
         "fastalign streamed": ours_loss,
     },
     "pairs": {"naive": naive_pairs, "liger": liger_pairs, "fastalign streamed": ours_pairs},

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from fastalign.data.encoding import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.formats import FORMATS
+from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.losses import DPO_LOSSES, check_dpo_options
 from fastalign.ops.backends import BACKENDS

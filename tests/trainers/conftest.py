@@ -1,0 +1,95 @@
+"""A tiny policy, its tokenizer and random tokenised pairs: trainers run on them in a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fastalign.trainers import DPOConfig, DPOTrainer
+
+torch.set_num_threads(1)
+VOCAB = 61
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}",
+    )  # fmt: skip
+
+
+class Kit:
+    """What the tests of this folder build with; everything is written below `folder`."""
+
+    def __init__(self, folder: Path, tokenizer) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    @staticmethod
+    def model(seed: int = 0, kind=tf.LlamaForCausalLM, config=tf.LlamaConfig, **sizes):
+        torch.manual_seed(seed)
+        defaults = {
+            "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
+            "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+        }  # fmt: skip
+        return kind(config(**(defaults | sizes)))
+
+    @staticmethod
+    def pairs(n: int, seed: int = 0, longest: int = 20) -> Dataset:
+        rng = np.random.default_rng(seed)
+
+        def ids() -> list[int]:
+            return rng.integers(3, VOCAB, rng.integers(2, longest)).tolist()
+
+        rows = [{"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids(), "row": i} for i in range(n)]
+        return Dataset.from_list(rows)
+
+    def config(self, **settings) -> DPOConfig:
+        defaults = {
+            "output_dir": str(self.folder / "out"), "cache_dir": str(self.folder / "cache"), "use_cpu": True,
+            "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "beta": 0.5,
+            "gradient_checkpointing": False, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0,
+            "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        return DPOConfig(**(defaults | settings))
+
+    def trainer(
+        self, model, train, evaluation=None, *, ref_model=None, peft_config=None, callbacks=None, **settings
+    ) -> DPOTrainer:
+        return DPOTrainer(
+            model,
+            ref_model,
+            self.config(**settings),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    @staticmethod
+    def logs(trainer: DPOTrainer) -> list[dict[str, float]]:
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    @staticmethod
+    def weights(trainer: DPOTrainer) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    @staticmethod
+    def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def kit(tmp_path, tokenizer) -> Kit:
+    return Kit(tmp_path, tokenizer)

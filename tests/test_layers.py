@@ -114,7 +114,7 @@ def test_environment_and_capability_are_read_in_one_place(path: Path):
         )
 
 
-# `.item()` and `.cpu()` stop the host until the device has caught up; these read what is on the host, or are documented.
+# `.item()` and `.cpu()` stop the host until the device has caught up; these read host tensors, or are documented.
 HOST_READS = {
     "fastalign/ops/groups.py": 3,  # cu_seqlens and groups are host tensors; targets are searched where rows are missing
     "fastalign/ops/linear_loss.py": 1,  # grad_output == 1, asked of CPU tensors only

@@ -45,7 +45,7 @@ def test_the_configuration_is_a_dpo_config(tmp_path):
     assert config.learning_rate == 5e-7
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(document):
     text = document.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -63,7 +63,7 @@ def commands(text: str) -> Iterator[list[str]]:
         yield words[1:] if words and re.match(r"[A-Z_]+=", words[0]) else words
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist(document):
     from fastalign.cli import COMMANDS
 

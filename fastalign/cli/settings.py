@@ -119,8 +119,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def help_text(config_class: type, command: str, summary: str, *, everything: bool) -> str:
-    """Usage and one entry a field: those of `config_class` itself in full, inherited ones in full on `--help_all`."""
+def help_text(config_class: type, command: str, summary: str, *, everything: bool = False) -> str:
+    """Usage and one entry a field: those of `config_class` itself in full, inherited ones by name, or in full too."""
     fields, hints = config_fields(config_class), typing.get_type_hints(config_class)
     own = [name for name in config_class.__annotations__ if name in fields]  # in the order of the source
     inherited = [name for name in fields if name not in own]
@@ -130,14 +130,15 @@ def help_text(config_class: type, command: str, summary: str, *, everything: boo
         *_wrap(summary, ""),
         "",
         *_entry("--config FILE.yaml", "flat `name: value` lines, the names being those below; the command line wins"),
-        *_entry("--help_all", "describe the fields inherited from transformers' TrainingArguments too"),
         *_entry("--traceback", "show the Python traceback of an error"),
-        "",
-        f"fields of {config_class.__name__}:",
     ]
+    if inherited:
+        lines += _entry("--help_all", "describe the fields inherited from transformers' TrainingArguments too")
+    lines += ["", f"fields of {config_class.__name__}:"]
     for name in own:
         lines += _field_entry(fields[name], hints[name])
-    lines += ["", "fields of transformers' TrainingArguments:"]
+    if inherited:
+        lines += ["", "fields of transformers' TrainingArguments:"]
     if everything:
         for name in inherited:
             lines += _field_entry(fields[name], hints[name])

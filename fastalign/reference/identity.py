@@ -73,7 +73,7 @@ _ADAPTER_LEFT_OUT |= {"layers_to_transform", "layers_pattern", "target_parameter
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP1, DeepSpeed or torch.compile; PEFT's wrapper stays."""
-    return extract_model_from_parallel(model)
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def model_identity(model: nn.Module, adapter: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fastalign.reference.scoring import ModelScorer
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _LOADED_ADAPTER = "default"
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 class ReferenceModel:
@@ -144,9 +145,10 @@ class ReferenceModel:
 
     def _read_files(self) -> FileIdentities:
         load = self._checkpoint()
-        folders = [_folder(load["name"], "config.json", load["arguments"].get("revision"))]
+        hub = {name: value for name, value in load["arguments"].items() if name in _HUB_ARGUMENTS}
+        folders = [_folder(load["name"], "config.json", **hub)]
         if load["adapter"] is not None:
-            folders.append(_folder(load["adapter"], _ADAPTER_CONFIG, None))
+            folders.append(_folder(load["adapter"], _ADAPTER_CONFIG))
         return file_identities(folders)
 
     def _memo_key(self, files: FileIdentities) -> str:
@@ -178,13 +180,13 @@ def _source(model: nn.Module) -> str:
     return f"{type(model).__name__} in memory" + (f" ({name})" if name else "")
 
 
-def _folder(name: str, file: str, revision: str | None) -> Path:
+def _folder(name: str, file: str, **hub: Any) -> Path:
     """The local folder of a checkpoint: itself, or the hub's snapshot (its configuration is fetched if need be)."""
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name) / (hub.get("subfolder") or "")
     from transformers.utils import cached_file
 
-    found = cached_file(name, file, revision=revision)
+    found = cached_file(name, file, **hub)
     if found is None:
         raise ValueError(f"{name} is neither a folder nor a model on the hub with a {file}")
     return Path(found).parent

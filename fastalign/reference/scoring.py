@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,7 +21,7 @@ from fastalign.ops import linear_logps
 from fastalign.reference.batches import plan_batches
 from fastalign.reference.identity import checked_adapter, unwrap
 from fastalign.reference.progress import track
-from fastalign.reference.sequences import TokenSequence
+from fastalign.reference.sequences import TokenSequence, checked_length
 from fastalign.types import IGNORE_INDEX
 
 DEFAULT_BATCH_TOKENS = 16_384
@@ -66,6 +67,7 @@ class ModelScorer:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model, self.adapter = model, adapter
+        self._module = _forward_module(model)
         self.temperature, self.autocast = temperature, autocast
         self._inner = unwrap(model)
         if adapter is not None:
@@ -78,7 +80,7 @@ class ModelScorer:
 
     def __enter__(self) -> ModelScorer:
         if not is_fused(self._inner):
-            with adapter_state(self._inner, self.adapter):  # what is verified is what will be scored
+            with self._state():  # what is verified is what will be scored
                 fuse_head(self._inner)
             self._fused_here = True
         return self
@@ -97,10 +99,27 @@ class ModelScorer:
             out = linear_logps(hidden, head.weight, scored, temperature=self.temperature, rows=rows, **head.options)
             return out.logps.flatten()[rows]
 
-        with _scoring(self._inner, self.adapter, self._device, self.autocast):
-            logps = self.model(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
+        with self._state():
+            logps = self._module(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
         counts = np.array([len(sequence.input_ids) - sequence.completion_start for sequence in sequences])
         return np.split(logps.float().cpu().numpy(), counts.cumsum()[:-1])
+
+    @contextmanager
+    def _state(self) -> Iterator[None]:
+        """No autograd, evaluation mode, the reference's adapters, its autocast and no other; random state kept."""
+        device, modes = self._device, [(module, module.training) for module in self._inner.modules()]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            # evaluation draws nothing in sane models; the guard makes it a promise
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"))
+            stack.enter_context(torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None))
+            stack.enter_context(adapter_state(self._inner, self.adapter))
+            self._inner.eval()
+            try:
+                yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
     def _collate(self, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """input_ids, attention_mask, targets (B, T), right padded; rows (n,): the flat positions that are scored."""
@@ -114,7 +133,7 @@ class ModelScorer:
         mask = np.zeros((len(sequences), width), np.int64)
         targets = np.full((len(sequences), width), IGNORE_INDEX, np.int64)
         for row, (tokens, start) in enumerate(sequences):
-            length = len(tokens)
+            length = checked_length(row, tokens, start)
             ids[row, :length] = np.asarray(tokens)
             mask[row, :length] = 1
             targets[row, start - 1 : length - 1] = ids[row, start:length]
@@ -128,24 +147,19 @@ class ModelScorer:
         return input_ids, attention_mask, torch.from_numpy(targets), rows
 
 
-@contextmanager
-def _scoring(
-    model: nn.Module, adapter: str | None, device: torch.device, autocast: torch.dtype | None
-) -> Iterator[None]:
-    """No autograd, evaluation mode, the reference's adapters, its autocast and no other, and the random state kept."""
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        # evaluation draws nothing in sane models; the guard makes it a promise
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"))
-        stack.enter_context(torch.autocast(device.type, dtype=autocast, enabled=autocast is not None))
-        stack.enter_context(adapter_state(model, adapter))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+def _forward_module(model: nn.Module) -> nn.Module:
+    """What is called: FSDP and DeepSpeed must stay, since their hooks put the weights in place.
+
+    DDP goes, whose forward waits for the other ranks, which may have fewer batches; torch.compile too, which would
+    compile again for every batch.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif is_compiled_module(model):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 @contextmanager
@@ -182,7 +196,7 @@ def adapter_state(model: nn.Module, adapter: str | None) -> Iterator[None]:
 def _available(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter: str) -> str | None:
     """`adapter` if this layer has it: one adapter may have fewer layers than another."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
-        return layer.check_set_adapter(adapter)
+        return layer.check_set_adapter([adapter])
     return adapter if any(adapter in getattr(layer, name) for name in layer.adapter_layer_names) else None
 
 

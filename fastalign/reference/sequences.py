@@ -29,9 +29,9 @@ Scorer = Callable[[list[TokenSequence]], list[np.ndarray]]
 
 
 class PreferenceSequences(Sequence[TokenSequence]):
-    """The two sequences of each tokenised preference example, prompt + chosen and prompt + rejected, interleaved.
+    """The two sequences of each tokenised example, prompt + chosen and prompt + rejected, interleaved.
 
-    examples: anything with len() and [i] that yields dicts with prompt_ids, chosen_ids and rejected_ids (lists of int).
+    examples: anything with len() and [i] that gives dicts of prompt_ids, chosen_ids and rejected_ids (lists or arrays).
     Item 2i is the chosen response of example i, item 2i + 1 the rejected one. Nothing is copied up front.
     """
 
@@ -59,11 +59,15 @@ class PreferenceSequences(Sequence[TokenSequence]):
 
     @staticmethod
     def _pair(example: Mapping[str, Any]) -> tuple[TokenSequence, TokenSequence]:
-        prompt = list(example["prompt_ids"])
-        chosen, rejected = (
-            TokenSequence(prompt + list(example[f"{side}_ids"]), len(prompt)) for side in ("chosen", "rejected")
-        )
-        return chosen, rejected
+        prompt = example["prompt_ids"]
+        chosen, rejected = (_joined(prompt, example[name]) for name in ("chosen_ids", "rejected_ids"))
+        return TokenSequence(chosen, len(prompt)), TokenSequence(rejected, len(prompt))
+
+
+def _joined(prompt: Any, response: Any) -> Any:
+    if isinstance(prompt, list) and isinstance(response, list):
+        return prompt + response
+    return np.concatenate([np.asarray(prompt), np.asarray(response)])
 
 
 def sequence_keys(digest: str, sequences: Iterable[TokenSequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,11 +79,7 @@ def sequence_keys(digest: str, sequences: Iterable[TokenSequence]) -> tuple[np.n
     root = hashlib.blake2b(bytes.fromhex(digest), digest_size=KEY_BYTES, person=_PERSON)
     keys, lengths, completions = bytearray(), [], []
     for position, (input_ids, start) in enumerate(sequences):
-        length = len(input_ids)
-        if not 1 <= start < length:
-            raise ValueError(
-                f"sequence {position}: completion_start must lie in 1 … {length - 1} for {length} tokens, got {start}"
-            )
+        length = checked_length(position, input_ids, start)
         key = root.copy()
         key.update(int(start).to_bytes(8, "little"))
         key.update(_id_bytes(input_ids, position))
@@ -91,6 +91,16 @@ def sequence_keys(digest: str, sequences: Iterable[TokenSequence]) -> tuple[np.n
         np.array(lengths, np.int64),
         np.array(completions, np.int64),
     )
+
+
+def checked_length(position: int, input_ids: Sequence[int], start: int) -> int:
+    """Tokens of the sequence. Raises ValueError, naming its position, unless at least one of them can be scored."""
+    length = len(input_ids)
+    if not 1 <= start < length:
+        raise ValueError(
+            f"sequence {position}: completion_start must lie in 1 … {length - 1} for {length} tokens, got {start}"
+        )
+    return length
 
 
 def _id_bytes(input_ids: Sequence[int], position: int) -> bytes:

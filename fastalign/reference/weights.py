@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -39,6 +39,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
             if module.merged:
                 raise ValueError(f"adapters are merged into {name}: unmerge them, or merge_and_unload the model")
             wrappers[name] = "base_layer"
+        elif isinstance(module, TrainableTokensWrapper):
+            wrappers[name] = "token_adapter"  # which is a tuner layer around the embedding
         elif isinstance(module, AuxiliaryTrainingWrapper):
             wrappers[name] = "original_module"
     tensors = dict(model.state_dict(keep_vars=True)) | dict(model.named_buffers(remove_duplicate=False))

@@ -99,11 +99,11 @@ class ShardWriter:
             if name not in damaged:
                 self._adopt(shard)
         for name, kind in damaged.items():
-            saved, lost = self._salvage(store.shards[name]) if name in store.shards else (0, None)
+            saved = self._salvage(store.shards[name]) if name in store.shards else 0
             self.retired[name] = kind
             logger.warning(
-                "%s/shards/%s is %s: %s rows saved, %s to be computed again",
-                self.root, name, kind, saved, "its others" if lost is None else lost,
+                "%s/shards/%s is %s: %d of its rows saved, the others are computed again where they are asked for",
+                self.root, name, kind, saved,
             )  # fmt: skip
         self._commit()
         for file in unreadable_manifests:  # only now: every shard it listed is listed again
@@ -115,8 +115,8 @@ class ShardWriter:
         size, digest = path.stat().st_size, file_sha256(path)
         self.records.append(ShardRecord(path.name, shard.reference, len(shard), shard.tokens, size, digest))
 
-    def _salvage(self, shard: Shard) -> tuple[int, int]:
-        """Write the rows whose checksum fits to a new shard; returns how many there were and how many were not."""
+    def _salvage(self, shard: Shard) -> int:
+        """Write the rows whose checksum fits to a new shard; returns how many there were."""
         keys, rows = [], []
         for index, key in enumerate(key.tobytes() for key in shard.read_keys()):
             try:
@@ -126,7 +126,7 @@ class ShardWriter:
             keys.append(key)
         if keys:
             self._write(shard.reference, keys, rows)
-        return len(keys), len(shard) - len(keys)
+        return len(keys)
 
 
 def _cannot_write(error: OSError, root: Path, what: str) -> OSError:

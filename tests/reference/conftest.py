@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from fastalign.reference import TokenSequence
+if TYPE_CHECKING:
+    from fastalign.reference import TokenSequence
 
 torch.set_num_threads(1)
 
@@ -55,6 +57,10 @@ def digest() -> str:
 def make_sequences() -> Callable[..., list[TokenSequence]]:
     def make(count: int, seed: int = 0, vocabulary: int = 50, longest: int = 24) -> list[TokenSequence]:
         """Distinct sequences of 2 … longest tokens."""
+        from fastalign.reference import (
+            TokenSequence,
+        )  # not above: transformers must see the settings of tests/conftest.py
+
         rng = random.Random(seed)
         made: dict[tuple[int, ...], TokenSequence] = {}
         while len(made) < count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -65,15 +66,20 @@ class Killer:
         process.start()
         return process
 
-    def kill(self, process, longest: float) -> bool:
-        """True if it was alive: killed after at least one batch, at a random moment."""
-        journal, deadline = self.root / "journal", time.monotonic() + 60
-        while not journal.exists() and process.is_alive() and time.monotonic() < deadline:
+    def kill(self, process, most_batches: int) -> bool:
+        """Kill it at a random moment after a random number of batches; True if it was still at work."""
+        batches, deadline = self.rng.randint(1, most_batches), time.monotonic() + 60
+        while process.is_alive() and self.batches_started() < batches:
+            assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(self.rng.uniform(0, longest))
-        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(self.rng.uniform(0, 0.02))  # into the middle of a write, now and then
+        kill(process)
         process.join()
         return process.exitcode == -signal.SIGKILL
+
+    def batches_started(self) -> int:
+        journal = self.root / "journal"
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     def tokens_started(self) -> int:
         """Log-probs that were being computed or finished when the process died."""
@@ -83,15 +89,20 @@ class Killer:
         return tokens
 
 
+def kill(process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has finished
+        os.kill(process.pid, signal.SIGKILL)
+
+
 def tokens_cached(cache: ReferenceCache) -> int:
     return sum(reference.tokens for reference in cache.inspect().references)
 
 
-def kill_until_done(killer: Killer, kills: int, longest: float, scorer) -> int:
+def kill_until_done(killer: Killer, kills: int, most_batches: int, scorer) -> int:
     """Kill builds, checking the cache after each; then let one finish. Returns how many died at work."""
     before = died = 0
     for _ in range(kills):
-        died += killer.kill(killer.start(), longest)
+        died += killer.kill(killer.start(), most_batches)
         started = killer.tokens_started()
         if not (killer.root / "cache" / "format.json").exists():
             continue  # killed before anything was written
@@ -119,14 +130,14 @@ def kill_until_done(killer: Killer, kills: int, longest: float, scorer) -> int:
 
 def test_kill_9_loses_at_most_the_shard_being_written(tmp_path, processes, digest, scorer, make_sequences):
     killer = Killer(processes, tmp_path, digest, make_sequences(1200))
-    assert kill_until_done(killer, kills=6, longest=0.3, scorer=scorer) >= 3
+    assert kill_until_done(killer, kills=6, most_batches=40, scorer=scorer) >= 3
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_many_kills(tmp_path, processes, digest, scorer, make_sequences, seed):
     killer = Killer(processes, tmp_path, digest, make_sequences(20_000, seed=seed), seed)
-    assert kill_until_done(killer, kills=50, longest=0.2, scorer=scorer) >= 40
+    assert kill_until_done(killer, kills=50, most_batches=40, scorer=scorer) >= 40
 
 
 def test_several_processes_build_at_once(tmp_path, processes, digest, scorer, make_sequences):
@@ -134,8 +145,9 @@ def test_several_processes_build_at_once(tmp_path, processes, digest, scorer, ma
     sequences = make_sequences(300)
     builders = [Killer(processes, tmp_path, digest, part) for part in (sequences[:200], sequences[100:], sequences)]
     running = [builder.start(f"journal-{i}") for i, builder in enumerate(builders)]
-    time.sleep(0.2)
-    os.kill(running[2].pid, signal.SIGKILL)
+    while running[2].is_alive() and not (tmp_path / "journal-2").exists():
+        time.sleep(0.001)
+    kill(running[2])
     for process in running:
         process.join(120)
     assert [process.exitcode for process in running[:2]] == [0, 0]

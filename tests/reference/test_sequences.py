@@ -82,17 +82,17 @@ def test_ids_that_are_none(digest, ids):
         sequence_keys(digest, [(ids, 1)])
 
 
-def test_preference_sequences():
+@pytest.mark.parametrize("convert", [list, np.array], ids=["lists", "arrays"])
+def test_preference_sequences(convert):
     examples = [
         {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5], "row": 7},
         {"prompt_ids": [6], "chosen_ids": [7, 8], "rejected_ids": [9], "row": 9},
     ]
+    examples = [{name: convert(ids) if name != "row" else ids for name, ids in one.items()} for one in examples]
     sequences = PreferenceSequences(examples)
     expected = [([1, 2, 3], 2), ([1, 2, 4, 5], 2), ([6, 7, 8], 1), ([6, 9], 1)]
     assert len(sequences) == 4
-    assert list(sequences) == expected
-    assert [sequences[i] for i in range(4)] == expected
-    assert sequences[-1] == expected[-1]
-    assert sequences[1:3] == expected[1:3]
+    for got in (list(sequences), [sequences[i] for i in range(4)], sequences[:], [sequences[i - 4] for i in range(4)]):
+        assert [(list(ids), start) for ids, start in got] == expected
     with pytest.raises(IndexError):
         sequences[4]

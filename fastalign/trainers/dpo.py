@@ -204,7 +204,7 @@ class DPOTrainer(PairTrainer):
             examples,
             self._autocast or next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
             autocast=self.accelerator.autocast(),
-            loss_fn=lambda model, batch: self.pair_loss(model, batch, None).loss,
+            loss_fn=lambda model, batch: self._preference_loss(model, batch, None).loss,
             options=self._loss_options(),
         )
 
@@ -227,6 +227,23 @@ class DPOTrainer(PairTrainer):
 
     def pair_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its pairs."""
+        if not self._router_coef:
+            return self._preference_loss(model, batch, num_items)
+        # the router's loss counts tokens, so it needs the mask
+        router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
+        output, aux_loss = self._preference_loss(model, batch, num_items, **router)
+        pairs = num_pairs(batch)
+        share = 1.0 if num_items is None else pairs / num_items
+        count = torch.full_like(aux_loss.detach(), pairs)
+        metrics = output.metrics | {"aux_loss": Metric(aux_loss.detach() * count, count)}
+        return LossOutput(output.loss + self._router_coef * share * aux_loss.to(output.loss.device), metrics)
+
+    def _preference_loss(
+        self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any
+    ) -> Any:
+        """One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
+        masked; without a mask attention takes its fast causal path.
+        """
         args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
@@ -245,21 +262,7 @@ class DPOTrainer(PairTrainer):
                 **head.options,
             )
 
-        # Padding is on the right and attention causal: real tokens never see it, so there is nothing to mask, and
-        # without a mask attention takes its fast causal path. The router's loss counts tokens and does need the mask.
-        if not self._router_coef:
-            return model(input_ids=batch["input_ids"], head_fn=head_fn)
-        output, aux_loss = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            output_router_logits=True,
-            head_fn=head_fn,
-        )
-        pairs = num_pairs(batch)
-        share = 1.0 if num_items is None else pairs / num_items
-        count = torch.full_like(aux_loss.detach(), pairs)
-        metrics = output.metrics | {"aux_loss": Metric(aux_loss.detach() * count, count)}
-        return LossOutput(output.loss + self._router_coef * share * aux_loss.to(output.loss.device), metrics)
+        return model(input_ids=batch["input_ids"], head_fn=head_fn, **model_kwargs)
 
 
 def _checked(

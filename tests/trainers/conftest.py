@@ -37,7 +37,8 @@ class Kit:
         torch.manual_seed(seed)
         defaults = {
             "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+            "initializer_range": 0.3,
             "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
         }  # fmt: skip
         return kind(config(**(defaults | sizes)))

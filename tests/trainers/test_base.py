@@ -80,7 +80,9 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
 @pytest.mark.parametrize("size", [1, 3, 7, 16])
 def test_evaluation_does_not_depend_on_its_batches(kit, size):
     policy = kit.model()
-    trainer = kit.trainer(policy, kit.pairs(4), kit.pairs(7, seed=1), ref_model=kit.model(seed=5), per_device_eval_batch_size=size)
+    trainer = kit.trainer(
+        policy, kit.pairs(4), kit.pairs(7, seed=1), ref_model=kit.model(seed=5), per_device_eval_batch_size=size
+    )
     got = trainer.evaluate()
     values = margins_and_losses(trainer, trainer.eval_dataset)
     margin = torch.tensor([m for m, _ in values], dtype=torch.float64)
@@ -127,7 +129,9 @@ def test_a_step_reads_no_tensor_on_the_host(kit):
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(8)]))
     with SyncCounter() as counter:
         trainer.training_step(trainer.model, batch, 8)
-    assert counter.readers  # the head looks at host tensors (cu_seqlens, targets' range on the CPU), so the counter works
+    assert (
+        counter.readers
+    )  # the head looks at host tensors (cu_seqlens, targets' range on the CPU), so the counter works
     folders = ("/fastalign/trainers/", "/fastalign/models/")
     assert not [f"{f.filename}:{f.lineno}" for f in counter.readers if any(name in f.filename for name in folders)]
 
@@ -166,5 +170,3 @@ def test_tensorboard_gets_the_metrics(kit):
     events.Reload()
     tags = events.Tags()["scalars"]
     assert {"train/loss", "train/rewards/margins", "train/length/chosen", "train/tokens_per_second"} <= set(tags)
-
-

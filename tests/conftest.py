@@ -49,11 +49,11 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """A folder with data/, models/ and golden/: real preferences, small checkpoints, figures of a peer. Not in the repository."""
+    """data/, models/ and golden/: real preferences, small checkpoints, figures of a peer. Not in the repository."""
     path = Path(os.environ.get("FASTALIGN_DATA") or REPOSITORY.parent / "shared")
     missing = [name for name in ("data", "models", "golden") if not (path / name).is_dir()]
     if missing:
         pytest.skip(
-            f"{path} has no {', '.join(missing)}; set FASTALIGN_DATA to the folder that holds data/, models/ and golden/"
+            f"{path} has no {', '.join(missing)}; set FASTALIGN_DATA to the folder of data/, models/ and golden/"
         )
     return path

@@ -120,6 +120,8 @@ def _finish(trainer: DPOTrainer) -> None:
     from fastalign.trainers.progress import evaluation_line
 
     lines = []
+    if losses := [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]:
+        lines.append("training loss: " + " → ".join(f"{loss:.4f} at step {step}" for step, loss in _ends(losses)))
     if trainer.eval_dataset is not None:
         metrics = _last_evaluation(trainer) or trainer.evaluate()
         trainer.save_metrics("eval", metrics, combined=False)
@@ -132,6 +134,10 @@ def _finish(trainer: DPOTrainer) -> None:
     lines.append(f"{trainer.state.global_step} steps; model and configuration are in {trainer.args.output_dir}")
     if trainer.is_world_process_zero():
         print("\n".join(lines))
+
+
+def _ends(items: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return items if len(items) < 2 else [items[0], items[-1]]
 
 
 def _last_evaluation(trainer: DPOTrainer) -> dict[str, Any] | None:

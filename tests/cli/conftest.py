@@ -51,6 +51,7 @@ def settings(checkpoint, preferences, tmp_path) -> dict[str, object]:
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "save_steps": 1,
+        "logging_steps": 1,
         "use_cpu": True,
         "disable_tqdm": True,
     }

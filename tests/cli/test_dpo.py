@@ -22,6 +22,7 @@ def test_a_run_and_its_repetition_from_the_saved_configuration(run_yaml, setting
 
     assert main(["dpo", "--config", str(run_yaml), "--beta", "0.2", "--loss_type=ipo"]) == 0
     printed = capsys.readouterr().out
+    assert "training loss: " in printed
     assert "eval at step 2: loss " in printed
     assert printed.count(" ± ") == 2
     assert "40 computed" in printed

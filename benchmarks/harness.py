@@ -91,14 +91,21 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Resident bytes of this process now."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """Most resident bytes of this process so far, since the last restart."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def restart_high_water() -> None:
+    """The high-water mark starts again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str, out: Any) -> None:
@@ -114,10 +121,10 @@ def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[An
             out.put((torch.cuda.max_memory_allocated() - before, None))
             return
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
-        before = _resident()
+        restart_high_water()
+        before = resident()
         call()
-        out.put((_high_water() - before, None))
+        out.put((high_water() - before, None))
     except Exception as error:
         out.put((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 

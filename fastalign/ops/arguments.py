@@ -75,9 +75,8 @@ def row_spec(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     return R.RowSpec.make(
-        temperature=float(temperature), logit_scale=float(logit_scale), softcap=None if softcap is None else
-        float(softcap),
-        entropy=entropy, top1=top1, sum_sq=sum_sq, sum_z=mean and softcap is not None,
+        temperature=float(temperature), logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap), entropy=entropy, top1=top1, sum_sq=sum_sq, sum_z=mean and softcap is not None,
     )  # fmt: skip
 
 
@@ -88,12 +87,10 @@ def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int)
             rows = rows.to(targets.device, non_blocking=True)
         n = rows.shape[0]
     else:
-        counts = targets != ignore_index
-        if bool(counts.all()):
-            n = targets.shape[0]
-        else:
-            rows = counts.nonzero()[:, 0]
-            n = rows.shape[0]
+        rows = (targets != ignore_index).nonzero()[:, 0]
+        n = rows.shape[0]
+        if n == targets.shape[0]:
+            rows = None
     if targets.device.type == "cpu" and n:
         if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < targets.shape[0]):
             raise ValueError(f"rows must lie in [0, {targets.shape[0]}), got {int(rows.min())} to {int(rows.max())}")

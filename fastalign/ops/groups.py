@@ -60,10 +60,11 @@ class Layout:
         cls, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, groups: Tensor | Sequence[int] | str | None,
         rows: Tensor | None, ignore_index: int, V: int, inputs: Mapping[str, Tensor],
     ) -> Layout:  # fmt: skip
-        total = targets.numel()
-        found, _ = scored_rows(targets.reshape(-1), rows, ignore_index, V)
-        row_numbers = np.arange(total) if found is None else (found if rows is None else rows).cpu().numpy()
-        if rows is not None and len(row_numbers) > 1 and not (np.diff(row_numbers) > 0).all():
+        if rows is None:  # the one synchronisation of a call without rows
+            rows = torch.from_numpy(np.flatnonzero((targets.reshape(-1) != ignore_index).cpu().numpy()))
+        scored_rows(targets.reshape(-1), rows, ignore_index, V)  # in range
+        row_numbers = rows.cpu().numpy()
+        if len(row_numbers) > 1 and not (np.diff(row_numbers) > 0).all():
             raise ValueError("rows must ascend, without repeats, for a loss over sequences")
         by_token = isinstance(groups, str)
         if by_token and groups != "tokens":

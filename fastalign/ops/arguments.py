@@ -76,7 +76,8 @@ def row_spec(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     return R.RowSpec.make(
         temperature=float(temperature), logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap), entropy=entropy, top1=top1, sum_sq=sum_sq, sum_z=mean and softcap is not None,
+        softcap=None if softcap is None else float(softcap), entropy=entropy, top1=top1, sum_sq=sum_sq,
+        sum_z=mean and softcap is not None,
     )  # fmt: skip
 
 

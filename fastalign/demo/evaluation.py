@@ -1,0 +1,139 @@
+"""Answers sampled from a policy, and what they are worth: means over questions, with standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from fastalign.demo.language import Annotators, Question, gold_reward
+from fastalign.reference import TokenSequence, score
+
+
+class Estimate(NamedTuple):
+    """A mean over independent draws and its standard error; nan where there are too few of them."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Estimate:
+        values = np.asarray(values, np.float64)
+        mean = float(values.mean()) if len(values) else math.nan
+        return cls(mean, float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """One sampled answer to each question."""
+
+    questions: list[Question]
+    sequences: list[TokenSequence]  # prompt and answer, no padding
+    texts: list[str]
+    finished: np.ndarray  # (Q,) bool: ended by itself, before the limit on new tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(Q,) answer tokens, the end-of-sequence token included."""
+        return np.array([len(ids) - start for ids, start in self.sequences])
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """(Q,) gold rewards."""
+        return np.array([gold_reward(q, text) for q, text in zip(self.questions, self.texts, strict=True)])
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    *,
+    seed: int,
+    max_new_tokens: int = 128,
+) -> Answers:
+    """One answer to each question at temperature 1, all questions in one batch.
+
+    Depends on `seed`, the model and the questions; torch's global random state and the model's mode are left as found.
+    """
+    prompts = tokenizer([question.prompt for question in questions], return_tensors="pt", padding=True)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        generated = model.generate(
+            input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], generation_config=config
+        )
+    model.train(training)
+    width = prompts["input_ids"].shape[1]
+    starts = prompts["attention_mask"].sum(dim=1).tolist()
+    sequences, finished = [], []
+    for ids, start in zip(generated.tolist(), starts, strict=True):
+        answer = ids[width:]
+        ended = tokenizer.eos_token_id in answer
+        if ended:
+            answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+        sequences.append(TokenSequence(ids[width - start : width] + answer, start))
+        finished.append(ended)
+    texts = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in sequences]
+    return Answers(questions=list(questions), sequences=sequences, texts=texts, finished=np.array(finished))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyScore:
+    """A row of the table. The last two are None for the SFT model, with which the others are compared."""
+
+    name: str
+    gold: Estimate
+    length: Estimate  # tokens
+    cut_off: Estimate  # share of answers that hit the limit on new tokens
+    kl: Estimate  # KL(policy ‖ SFT) in nats an answer, Monte Carlo
+    wins: Estimate | None = None  # share of questions with a higher gold reward than the SFT model's, ties half
+    annotator_wins: Estimate | None = None  # probability that an annotator prefers the answer to the SFT model's
+
+
+def score_policy(
+    name: str,
+    model: PreTrainedModel,
+    answers: Answers,
+    *,
+    sft: PreTrainedModel,
+    baseline: Answers,
+    annotators: Annotators,
+) -> PolicyScore:
+    """Score `answers`, sampled from `model`, against `baseline`, the SFT model's to the same questions.
+
+    KL is the mean over answers of Σ_t log π(y_t) − log π_SFT(y_t), unbiased because the answers are π's own.
+    """
+    rewards, lengths = answers.rewards, answers.lengths
+    kl = np.zeros(len(lengths))
+    if model is not sft:
+        log_ratios = zip(score(model, answers.sequences), score(sft, answers.sequences), strict=True)
+        kl = np.array([float(np.sum(ours - theirs, dtype=np.float64)) for ours, theirs in log_ratios])
+    wins = preferred = None
+    if answers is not baseline:
+        wins = Estimate.of(np.where(rewards == baseline.rewards, 0.5, rewards > baseline.rewards))
+        differences = zip(rewards - baseline.rewards, lengths - baseline.lengths, strict=True)
+        preferred = Estimate.of(np.array([annotators.p_prefer(gold, length) for gold, length in differences]))
+    return PolicyScore(
+        name=name,
+        gold=Estimate.of(rewards),
+        length=Estimate.of(lengths),
+        cut_off=Estimate.of(~answers.finished),
+        kl=Estimate.of(kl),
+        wins=wins,
+        annotator_wins=preferred,
+    )

@@ -1,0 +1,225 @@
+"""The demonstration from beginning to end: length exploitation by DPO, and R-DPO's answer to it, in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fastalign.demo.evaluation import Answers, PolicyScore, sample_answers, score_policy
+from fastalign.demo.language import Annotators, ask
+from fastalign.demo.model import build_tokenizer
+from fastalign.demo.plot import CurvePoint, can_plot, draw
+from fastalign.demo.progress import no_library_bars, step_bar
+from fastalign.demo.report import write_report
+from fastalign.demo.settings import DemoSettings
+from fastalign.demo.summary import conclusion, introduction, next_commands, score_table
+from fastalign.demo.training import (
+    Policy,
+    Preferences,
+    collect_preferences,
+    curve_point,
+    train_policy,
+    train_sft_model,
+)
+
+SFT, DPO, R_DPO = "SFT", "DPO", "R-DPO"
+_FOLDERS = {SFT: "sft", DPO: "dpo", R_DPO: "r-dpo"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demonstration found. `scores` has the models SFT, DPO and R-DPO, in this order."""
+
+    settings: DemoSettings
+    scores: dict[str, PolicyScore]
+    curves: dict[str, list[CurvePoint]]  # DPO and R-DPO; step 0 is the SFT model
+    answers: dict[str, Answers]
+    preferences: Preferences
+    cached_logps: dict[str, tuple[int, int]]  # DPO and R-DPO: reference log-probs found in the cache, and computed
+    seconds: dict[str, float]  # by phase
+    total_seconds: float
+    report: Path
+    plot: Path | None  # None without matplotlib
+
+    @property
+    def shorter(self) -> float:
+        """By what share R-DPO's answers are shorter than DPO's."""
+        return 1 - self.scores[R_DPO].length.mean / self.scores[DPO].length.mean
+
+    @property
+    def gold_ratio(self) -> float:
+        """R-DPO's gold reward in units of DPO's."""
+        base = self.scores[DPO].gold.mean
+        return self.scores[R_DPO].gold.mean / base if base else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures, without the answers and the preferences themselves."""
+        return {
+            "settings": asdict(self.settings) | {"length_alpha": self.settings.alpha},
+            "scores": {name: _estimates(asdict(score)) for name, score in self.scores.items()},
+            "shorter": self.shorter,
+            "gold_ratio": self.gold_ratio,
+            "curves": {name: [_estimates(point._asdict()) for point in curve] for name, curve in self.curves.items()},
+            "preferences": {
+                name: getattr(self.preferences, name)._asdict()
+                for name in ("length_difference", "longer_chosen", "longer_chosen_at_equal_gold")
+            },
+            "reference_logps": {
+                name: {"cached": cached, "computed": computed} for name, (cached, computed) in self.cached_logps.items()
+            },
+            "seconds": self.seconds | {"total": self.total_seconds},
+        }
+
+
+def _estimates(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value._asdict() if hasattr(value, "_asdict") else value for key, value in values.items()}
+
+
+def run(
+    output_dir: str | Path = "demo-output", seed: int = 0, *, console: Console | None = None, **settings: Any
+) -> DemoResult:
+    """Run the demonstration on the CPU, in one thread, and write everything to `output_dir`.
+
+    A tiny model learns a built-in language by SFT; DPO and R-DPO then train it on the preferences of annotators with a
+    bias for length. Depends on the settings alone: a seed gives the same figures again on the same machine.
+
+    Args:
+        output_dir: gets report.html, results.json, plot.png (with matplotlib), preferences.jsonl, the models in sft/,
+            dpo/ and r-dpo/, and the reference log-probs in reference-cache/. Created if need be.
+        seed: of everything random.
+        console: where to write; a Console(quiet=True) writes nothing. Default: standard output.
+        settings: further fields of `DemoSettings`.
+
+    Raises ValueError for a setting that makes no sense.
+    """
+    chosen = DemoSettings(output_dir=str(output_dir), seed=seed, **settings)
+    console = console or Console()
+    with _one_thread(), no_library_bars():
+        return _Demo(chosen, console).run()
+
+
+class _Demo:
+    def __init__(self, settings: DemoSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.folder = Path(settings.output_dir)
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        self.annotators = Annotators(settings.gold_weight, settings.length_bias)
+        rng = random.Random(f"questions {settings.seed}")
+        self.questions = [ask(rng) for _ in range(settings.questions)]
+        self.curve_questions = [ask(rng) for _ in range(settings.curve_questions)]
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> DemoResult:
+        self.console.print(introduction(self.settings))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._phase("SFT"):
+            sft = self._train_sft()
+        preferences = collect_preferences(self.tokenizer, self.annotators, self.settings)
+        with open(self.folder / "preferences.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in preferences.rows)
+        start = curve_point(0, self._answers(sft, self.curve_questions))
+        policies = {}
+        for name, alpha in ((DPO, 0.0), (R_DPO, self.settings.alpha)):
+            with self._phase(name):
+                policies[name] = self._train_policy(name, alpha, preferences, start)
+        with self._phase("evaluation"):
+            models = {SFT: sft} | {name: policy.model for name, policy in policies.items()}
+            answers = {name: self._answers(model, self.questions) for name, model in models.items()}
+            scores = {
+                name: score_policy(
+                    name, model, answers[name], sft=sft, baseline=answers[SFT], annotators=self.annotators
+                )
+                for name, model in models.items()
+            }
+        return self._finish(preferences, start, policies, answers, scores)
+
+    def _train_sft(self) -> PreTrainedModel:
+        steps = -(-self.settings.sft_examples // self.settings.batch_size)
+        with step_bar(self.console, SFT, steps) as on_step:
+            model = train_sft_model(self.tokenizer, self.settings, on_step)
+        model.save_pretrained(self.folder / _FOLDERS[SFT])
+        self.tokenizer.save_pretrained(self.folder / _FOLDERS[SFT])
+        return model
+
+    def _train_policy(self, name: str, length_alpha: float, preferences: Preferences, start: CurvePoint) -> Policy:
+        steps = -(-len(preferences.rows) // self.settings.batch_size)
+        with step_bar(self.console, name, steps) as on_step:
+            return train_policy(
+                _FOLDERS[name],
+                self.folder / _FOLDERS[SFT],
+                self.tokenizer,
+                preferences,
+                self.settings,
+                length_alpha=length_alpha,
+                start=start,
+                curve_questions=self.curve_questions,
+                on_step=on_step,
+            )
+
+    def _answers(self, model: PreTrainedModel, questions: list[Any]) -> Answers:
+        return sample_answers(
+            model, self.tokenizer, questions, seed=self.settings.seed, max_new_tokens=self.settings.max_new_tokens
+        )
+
+    def _finish(
+        self,
+        preferences: Preferences,
+        start: CurvePoint,
+        policies: dict[str, Policy],
+        answers: dict[str, Answers],
+        scores: dict[str, PolicyScore],
+    ) -> DemoResult:
+        curves = {name: policy.curve for name, policy in policies.items()}
+        plot, svg = None, None
+        if can_plot():
+            plot = self.folder / "plot.png"
+            svg = draw(curves, {name: found.lengths for name, found in answers.items()}, start, plot)
+        result = DemoResult(
+            settings=self.settings,
+            scores=scores,
+            curves=curves,
+            answers=answers,
+            preferences=preferences,
+            cached_logps={name: (policy.cached_logps, policy.computed_logps) for name, policy in policies.items()},
+            seconds=self.seconds,
+            total_seconds=time.perf_counter() - self.began,
+            report=self.folder / "report.html",
+            plot=plot,
+        )
+        write_report(result, svg)
+        (self.folder / "results.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        self.console.print(score_table(scores.values()))
+        self.console.print(conclusion(result), highlight=False)
+        self.console.print(next_commands(self.settings), highlight=False, soft_wrap=True)  # lines to be copied
+        return result
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+        self.console.print(f"{name:10} {self.seconds[name]:4.0f} s", style="dim", highlight=False)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: matrices this small gain nothing from a second one, and threads that wait for each other on a
+    busy machine cost a factor of ten. The figures do not depend on the number of cores either."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

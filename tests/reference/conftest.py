@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,14 @@ class SyntheticScorer:
     @property
     def scored(self) -> list[TokenSequence]:
         return [sequence for call in self.calls for sequence in call]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_fsync():
+    """Syncs cost seconds on a busy disk, and no test here cuts the power; test_files.py checks their order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
@@ -74,10 +83,12 @@ def make_sequences() -> Callable[..., list[TokenSequence]]:
 @pytest.fixture(scope="session")
 def flip_bit() -> Callable[[Path, int], None]:
     def flip(path: Path, bit: int) -> None:
-        data = bytearray(path.read_bytes())
-        bit %= 8 * len(data)
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
+        with open(path, "r+b") as file:  # in place: file systems sync a file that was truncated and written anew
+            position = bit // 8 % path.stat().st_size
+            file.seek(position)
+            (byte,) = file.read(1)
+            file.seek(position)
+            file.write(bytes([byte ^ 1 << bit % 8]))
 
     return flip
 

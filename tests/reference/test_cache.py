@@ -253,7 +253,7 @@ def looked_up(cache, sequence) -> tuple[np.ndarray | None, str | None]:
         return None, str(error)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_damage_is_found_and_no_number_is_wrong(new_scorer, make_sequences, digest, flip_bit, data):
     """Random shards, random damage to a random file: found and named, the rest still works, a build repairs it."""
@@ -300,7 +300,7 @@ def test_any_damage_is_found_and_no_number_is_wrong(new_scorer, make_sequences, 
         assert rebuilt.verify() == []
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_interleaving_of_writers_gives_the_same_cache(new_scorer, make_sequences, digest, data):
     """Builds of random parts, and two writers in turns, with shards of random sizes, while a reader looks on."""

@@ -30,6 +30,26 @@ def test_write_atomic_replaces_the_whole_file(tmp_path):
     assert file_sha256(path) == sha256(b"second") == hashlib.sha256(b"second").hexdigest()
 
 
+def test_the_order_of_syncs(tmp_path, monkeypatch):
+    """Content is on the disk before the name, and the name before the next step: what survives a power cut is whole."""
+    path, steps = tmp_path / "file", []
+    real_replace = os.replace
+
+    def fsync(descriptor):
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        steps.append(("sync", target, os.path.getsize(target) if os.path.isfile(target) else None))
+
+    def replace(source, target):
+        steps.append(("rename", str(source), str(target)))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomic(path, b"12345")
+    temporary = steps[0][1]
+    assert steps == [("sync", temporary, 5), ("rename", temporary, str(path)), ("sync", str(tmp_path), None)]
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"old")

@@ -28,6 +28,8 @@ def row_grad(
     tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, stats: R.RowStats, coef: R.RowCoef, spec: R.RowSpec,
     out: Tensor,
 ) -> None:  # fmt: skip
+    if spec.exp_tile:
+        bias = None  # the exponentials hold it
     row_kernels.row_grad_bwd(
         tile, bias, targets, v0, stats.max.contiguous(), stats.log_sum, coef.base, coef.target, coef.entropy, out,
         exp_tile=spec.exp_tile, **_scales(spec),

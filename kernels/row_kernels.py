@@ -1,0 +1,294 @@
+"""Triton row kernels: a float32 tile of head outputs folded into running sums, turned into its gradient, or into
+exponentials.
+
+The contract (shapes, formulas, the meaning of every vector) is that of `fastalign.ops.rows`; launchers take its
+tensors one by one. With z = in_scale·(u + b), or out_scale·tanh(in_scale·(u + b)) with a softcap, and y the target:
+
+    row_stats_fwd    max z, Σ exp(z − max), z_y, … folded into the running state
+    row_grad_bwd     ∂L/∂u = G·dz/du,  G_v = p_v·(base − entropy_coef·log p_v),  G_y = target_coef
+    row_exp_fwd      exp(z − max) in 16 bits, from which row_grad_bwd can start too (EXP_TILE): p = E·exp(−log_sum)
+
+Work and traffic per logit, and the floor for 8192 × 131072 logits at the 4.3 TB/s an H200 sustains:
+
+    row_stats   4 B read                               8 FLOP + 1 exp (+ 4 with entropy, + 25 with softcap)      1.0 ms
+    row_grad    4 B read, 4 B written (or 2 B)         6 FLOP + 1 exp                                   2.0 ms (1.5 ms)
+    EXP_TILE    2 B read, 2 B written                  1 FLOP                                                    1.0 ms
+    row_exp     4 B read, 2 B written                  2 FLOP + 1 exp                                            1.5 ms
+
+One exponential a logit is a third of what the special-function units deliver in that time, so memory is the limit.
+Every logit is read once (the target's four bytes twice) and written once. Rows whose coefficients are all zero are
+not read at all: their gradient is 0, whatever the logits hold.
+
+One program per row, on grid x (limit 2^31 − 1). A row is never split over programs: then its sums would be taken in
+an order that depends on how many rows there are, and equal rows would stop giving equal results. So few rows leave
+multiprocessors idle. Any strides are correct; speed wants a column stride of 1, and 16-byte accesses want row strides
+that are multiples of 16 elements.
+
+Launchers check what would corrupt memory (how `out` overlaps `tile`); shapes and dtypes are checked by the ops that
+call them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._alias import narrow_alias
+from ._online import logits, merge, reduce_block, tanh_and_slope
+from ._tiles import row_tiles
+
+
+@triton.jit
+def _row_stats_kernel(
+    tile_ptr, bias_ptr, targets_ptr, values_ptr, argmax_ptr,
+    n, v, v0, stride_tn, stride_tv, stride_b, in_scale: tl.float32, out_scale: tl.float32,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr, SUM_Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    tile_ptrs = tile_ptr + row * stride_tn  # (1,), like everything that belongs to the row
+    values_ptrs = values_ptr + row
+    lanes = tl.arange(0, BLOCK)[None, :]
+
+    m = tl.load(values_ptrs)
+    s = tl.load(values_ptrs + n)
+    ent, sq, sz = s, s, s
+    arg = tl.zeros([1], tl.int64)
+    if ENTROPY:
+        ent = tl.load(values_ptrs + 3 * n)
+    if SUM_SQ:
+        sq = tl.load(values_ptrs + 4 * n)
+    if SUM_Z:
+        sz = tl.load(values_ptrs + 5 * n)
+    if TOP1:
+        arg = tl.load(argmax_ptr + row)
+
+    for start in range(0, v, BLOCK):
+        cols = start + lanes
+        here = cols < v
+        u = tl.load(tile_ptrs[:, None] + cols.to(tl.int64) * stride_tv, mask=here, other=0.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
+        z = logits(u, bias, in_scale, out_scale, SOFTCAP)
+        m2, s2, ent2, sq2, sz2, arg2 = reduce_block(z, cols, v, ENTROPY, TOP1, SUM_SQ, SUM_Z)
+        m, s, ent, sq, sz, arg = merge(
+            m, s, ent, sq, sz, arg, m2, s2, ent2, sq2, sz2, arg2.to(tl.int64) + v0, ENTROPY, TOP1, SUM_SQ, SUM_Z
+        )
+
+    tl.store(values_ptrs, m)
+    tl.store(values_ptrs + n, s)
+    if ENTROPY:
+        tl.store(values_ptrs + 3 * n, ent)
+    if SUM_SQ:
+        tl.store(values_ptrs + 4 * n, sq)
+    if SUM_Z:
+        tl.store(values_ptrs + 5 * n, sz)
+    if TOP1:
+        tl.store(argmax_ptr + row, arg)
+
+    # The same operations on the same float32 give the same z_y as in the loop above, so z_y ≤ max.
+    y = tl.load(targets_ptr + row) - v0
+    inside = (y >= 0) & (y < v)
+    u_y = tl.load(tile_ptrs + y * stride_tv, mask=inside, other=0.0)
+    bias_y = None
+    if bias_ptr is not None:
+        bias_y = tl.load(bias_ptr + y * stride_b, mask=inside, other=0.0).to(tl.float32)
+    tl.store(values_ptrs + 2 * n, logits(u_y, bias_y, in_scale, out_scale, SOFTCAP), mask=inside)
+
+
+@triton.jit
+def _row_grad_kernel(
+    tile_ptr, bias_ptr, targets_ptr, max_ptr, log_sum_ptr, base_ptr, target_coef_ptr, entropy_coef_ptr, out_ptr,
+    v, v0, stride_tn, stride_tv, stride_on, stride_ov, stride_b, in_scale: tl.float32, out_scale: tl.float32,
+    SOFTCAP: tl.constexpr, EXP_TILE: tl.constexpr, NARROW_ALIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile_ptr += row * stride_tn
+    out_ptr += row * stride_on
+    lanes = tl.arange(0, BLOCK)
+    y = tl.load(targets_ptr + row) - v0
+    log_sum = tl.load(log_sum_ptr + row)
+    base = tl.load(base_ptr + row)
+    target_coef = tl.load(target_coef_ptr + row)
+    live = (base != 0) | (target_coef != 0)
+    if entropy_coef_ptr is not None:
+        entropy_coef = tl.load(entropy_coef_ptr + row)
+        live = live | (entropy_coef != 0)
+
+    if live:
+        if EXP_TILE:
+            factor = tl.exp(-log_sum) * base
+        else:
+            row_max = tl.load(max_ptr + row)
+        for start in range(0, v, BLOCK):
+            cols = start + lanes
+            here = cols < v
+            u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                u += tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
+            if NARROW_ALIAS:
+                tl.debug_barrier()  # see row_grad_bwd
+            if EXP_TILE:
+                grad = u * factor
+                slope = in_scale
+            else:
+                z = u * in_scale
+                slope = in_scale
+                if SOFTCAP:
+                    z, sech2 = tanh_and_slope(z)
+                    z *= out_scale
+                    slope = sech2 * (in_scale * out_scale)
+                logp = (z - row_max) - log_sum
+                grad = tl.exp(logp)
+                if entropy_coef_ptr is not None:
+                    grad = tl.where(grad > 0, grad * (base - entropy_coef * logp), grad)  # z = −inf: 0, not 0·∞
+                else:
+                    grad *= base
+            grad = tl.where(cols == y, target_coef, grad) * slope
+            tl.store(out_ptr + cols.to(tl.int64) * stride_ov, grad.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        for start in range(0, v, BLOCK):
+            cols = start + lanes
+            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + cols.to(tl.int64) * stride_ov, zeros, mask=cols < v)
+
+
+@triton.jit
+def _row_exp_kernel(
+    tile_ptr, bias_ptr, max_ptr, out_ptr,
+    v, stride_tn, stride_tv, stride_on, stride_ov, stride_b, in_scale: tl.float32, out_scale: tl.float32,
+    SOFTCAP: tl.constexpr, NARROW_ALIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile_ptr += row * stride_tn
+    out_ptr += row * stride_on
+    lanes = tl.arange(0, BLOCK)
+    row_max = tl.load(max_ptr + row)
+    for start in range(0, v, BLOCK):
+        cols = start + lanes
+        here = cols < v
+        u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
+        if NARROW_ALIAS:
+            tl.debug_barrier()  # see row_grad_bwd
+        e = tl.exp(logits(u, bias, in_scale, out_scale, SOFTCAP) - row_max)
+        tl.store(out_ptr + cols.to(tl.int64) * stride_ov, e.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def row_stats_fwd(
+    tile: Tensor,  # (n, v) float32, any strides
+    bias: Tensor | None,  # (v,)
+    targets: Tensor,  # (n,) int64, in the whole vocabulary; those outside [v0, v0 + v) leave TARGET as it is
+    v0: int,
+    values: Tensor,  # (6, n) float32, contiguous: MAX, SUM, TARGET, ENT, SUM_SQ, SUM_Z; updated in place
+    argmax: Tensor,  # (n,) int64 with top1, else anything; updated in place
+    *,
+    in_scale: float = 1.0,
+    out_scale: float = 1.0,
+    softcap: bool = False,
+    entropy: bool = False,
+    top1: bool = False,
+    sum_sq: bool = False,
+    sum_z: bool = False,
+) -> None:
+    """Fold a tile into the running state of its rows. Slabs come in ascending order of v0.
+
+    Only the sums whose flags are set are read and written.
+    """
+    n, v = tile.shape
+    if n == 0 or v == 0:
+        return
+    tiles = row_tiles(v)
+    with torch.cuda.device_of(tile):
+        _row_stats_kernel[(n,)](
+            tile, bias, targets.contiguous(), values, argmax if top1 else None,
+            n, v, v0, tile.stride(0), tile.stride(1), _stride(bias), float(in_scale), float(out_scale),
+            SOFTCAP=softcap, ENTROPY=entropy, TOP1=top1, SUM_SQ=sum_sq, SUM_Z=sum_z, BLOCK=tiles.block,
+            num_warps=tiles.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def row_grad_bwd(
+    tile: Tensor,  # (n, v) float32, any strides; with exp_tile exponentials, bfloat16 or float16
+    bias: Tensor | None,  # (v,)
+    targets: Tensor,  # (n,) int64
+    v0: int,
+    max: Tensor | None,  # (n,) float32; not needed with exp_tile
+    log_sum: Tensor,  # (n,) float32
+    base: Tensor,  # (n,) float32
+    target_coef: Tensor,  # (n,) float32
+    entropy_coef: Tensor | None,  # (n,) float32
+    out: Tensor,  # (n, v) float32, bfloat16 or float16, any strides
+    *,
+    in_scale: float = 1.0,
+    out_scale: float = 1.0,
+    softcap: bool = False,
+    exp_tile: bool = False,
+) -> None:
+    """Write ∂L/∂u of a tile to `out`, rounded once. `out` may be the tile, or a 16-bit view of the first half of each
+    tile row.
+
+    Why a 16-bit gradient may be written over the float32 tile it comes from. Let the row be walked in blocks of B
+    columns. Block k is read from bytes [4Bk, 4B(k+1)) of the row and written to bytes [2Bk, 2B(k+1)), which hold
+    float32 columns of blocks ⌊k/2⌋ ≤ k only. So a write can only meet reads of its own or an earlier block; all of
+    these come before the barrier of iteration k in every thread of the program, and the write comes after it. Reads
+    of later blocks touch bytes that no write so far has reached, so warps may run ahead as they like. Other rows are
+    other programs and other bytes: both views start at the same address with the same row pitch. An `out` of the
+    tile's own dtype and strides needs no barrier: each thread overwrites the very element it has read.
+
+    Raises:
+        ValueError: `out` overlaps `tile` in another way, or exp_tile with softcap or an entropy coefficient.
+    """
+    if exp_tile and (softcap or entropy_coef is not None):
+        raise ValueError(
+            "a tile of exponentials has no softcap and no entropy coefficient; give the head outputs instead"
+        )
+    n, v = tile.shape
+    if n == 0 or v == 0:
+        return
+    tiles = row_tiles(v)
+    with torch.cuda.device_of(tile):
+        _row_grad_kernel[(n,)](
+            tile, bias, targets.contiguous(), max, log_sum.contiguous(), base.contiguous(), target_coef.contiguous(),
+            None if entropy_coef is None else entropy_coef.contiguous(), out,
+            v, v0, tile.stride(0), tile.stride(1), out.stride(0), out.stride(1), _stride(bias),
+            float(in_scale), float(out_scale),
+            SOFTCAP=softcap, EXP_TILE=exp_tile, NARROW_ALIAS=narrow_alias(tile, out), BLOCK=tiles.block,
+            num_warps=tiles.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def row_exp_fwd(
+    tile: Tensor,  # (n, v) float32, any strides
+    bias: Tensor | None,  # (v,)
+    max: Tensor,  # (n,) float32
+    out: Tensor,  # (n, v) bfloat16 or float16, any strides
+    *,
+    in_scale: float = 1.0,
+    out_scale: float = 1.0,
+    softcap: bool = False,
+) -> None:
+    """Write exp(z − max) of a tile to `out`, rounded once; `out` may overlap the tile as in row_grad_bwd.
+
+    Raises:
+        ValueError: `out` overlaps `tile` in another way.
+    """
+    n, v = tile.shape
+    if n == 0 or v == 0:
+        return
+    tiles = row_tiles(v)
+    with torch.cuda.device_of(tile):
+        _row_exp_kernel[(n,)](
+            tile, bias, max.contiguous(), out,
+            v, tile.stride(0), tile.stride(1), out.stride(0), out.stride(1), _stride(bias),
+            float(in_scale), float(out_scale),
+            SOFTCAP=softcap, NARROW_ALIAS=narrow_alias(tile, out), BLOCK=tiles.block,
+            num_warps=tiles.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _stride(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.stride(0)

@@ -55,12 +55,30 @@ def sample_answers(
     *,
     seed: int,
     max_new_tokens: int = 128,
+    batch_size: int = 256,
 ) -> Answers:
-    """One answer to each question at temperature 1, all questions in one batch.
+    """One answer to each question at temperature 1.
 
-    Depends on `seed`, the model and the questions; torch's global random state and the model's mode are left as found.
+    Depends on the arguments alone; torch's global random state and the model's mode are left as found.
     """
-    prompts = tokenizer([question.prompt for question in questions], return_tensors="pt", padding=True)
+    training = model.training
+    model.eval()
+    sequences: list[TokenSequence] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for i in range(0, len(questions), batch_size):
+            prompts = [question.prompt for question in questions[i : i + batch_size]]
+            sequences += _sample_batch(model, tokenizer, prompts, max_new_tokens)
+    model.train(training)
+    texts = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in sequences]
+    finished = np.array([ids[-1] == tokenizer.eos_token_id for ids, _ in sequences])
+    return Answers(questions=list(questions), sequences=sequences, texts=texts, finished=finished)
+
+
+def _sample_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], max_new_tokens: int
+) -> list[TokenSequence]:
+    prompts = tokenizer(texts, return_tensors="pt", padding=True)
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -70,26 +88,17 @@ def sample_answers(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        generated = model.generate(
-            input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], generation_config=config
-        )
-    model.train(training)
+    generated = model.generate(
+        input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], generation_config=config
+    )
     width = prompts["input_ids"].shape[1]
-    starts = prompts["attention_mask"].sum(dim=1).tolist()
-    sequences, finished = [], []
-    for ids, start in zip(generated.tolist(), starts, strict=True):
+    sequences = []
+    for ids, start in zip(generated.tolist(), prompts["attention_mask"].sum(dim=1).tolist(), strict=True):
         answer = ids[width:]
-        ended = tokenizer.eos_token_id in answer
-        if ended:
+        if tokenizer.eos_token_id in answer:
             answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
         sequences.append(TokenSequence(ids[width - start : width] + answer, start))
-        finished.append(ended)
-    texts = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in sequences]
-    return Answers(questions=list(questions), sequences=sequences, texts=texts, finished=np.array(finished))
+    return sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

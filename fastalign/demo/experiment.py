@@ -135,14 +135,7 @@ class _Demo:
             with self._phase(name):
                 policies[name] = self._train_policy(name, alpha, preferences, start)
         with self._phase("evaluation"):
-            models = {SFT: sft} | {name: policy.model for name, policy in policies.items()}
-            answers = {name: self._answers(model, self.questions) for name, model in models.items()}
-            scores = {
-                name: score_policy(
-                    name, model, answers[name], sft=sft, baseline=answers[SFT], annotators=self.annotators
-                )
-                for name, model in models.items()
-            }
+            answers, scores = self._evaluate({SFT: sft} | {name: policy.model for name, policy in policies.items()})
         return self._finish(preferences, start, policies, answers, scores)
 
     def _train_sft(self) -> PreTrainedModel:
@@ -168,6 +161,19 @@ class _Demo:
                 on_step=on_step,
             )
 
+    def _evaluate(self, models: dict[str, PreTrainedModel]) -> tuple[dict[str, Answers], dict[str, PolicyScore]]:
+        """Answers and score of each model, the first being the one that the others are compared with."""
+        answers: dict[str, Answers] = {}
+        scores: dict[str, PolicyScore] = {}
+        with step_bar(self.console, "evaluation", len(models)) as on_step:
+            for name, model in models.items():
+                answers[name] = self._answers(model, self.questions)
+                scores[name] = score_policy(
+                    name, model, answers[name], sft=models[SFT], baseline=answers[SFT], annotators=self.annotators
+                )
+                on_step("")
+        return answers, scores
+
     def _answers(self, model: PreTrainedModel, questions: list[Any]) -> Answers:
         return sample_answers(
             model, self.tokenizer, questions, seed=self.settings.seed, max_new_tokens=self.settings.max_new_tokens
@@ -182,9 +188,9 @@ class _Demo:
         scores: dict[str, PolicyScore],
     ) -> DemoResult:
         curves = {name: policy.curve for name, policy in policies.items()}
-        plot, svg = None, None
+        plot, svg = self.folder / "plot.png", None
+        plot.unlink(missing_ok=True)  # an earlier run's
         if can_plot():
-            plot = self.folder / "plot.png"
             svg = draw(curves, {name: found.lengths for name, found in answers.items()}, start, plot)
         result = DemoResult(
             settings=self.settings,
@@ -196,13 +202,13 @@ class _Demo:
             seconds=self.seconds,
             total_seconds=time.perf_counter() - self.began,
             report=self.folder / "report.html",
-            plot=plot,
+            plot=None if svg is None else plot,
         )
         write_report(result, svg)
         (self.folder / "results.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
         self.console.print(score_table(scores.values()))
         self.console.print(conclusion(result), highlight=False)
-        self.console.print(next_commands(self.settings), highlight=False, soft_wrap=True)  # lines to be copied
+        self.console.print(next_commands(self.settings), markup=False, highlight=False, soft_wrap=True)  # to be copied
         return result
 
     @contextmanager

@@ -38,7 +38,7 @@ def write_report(result: DemoResult, svg: str | None) -> None:
         svg=None if svg is None else Markup(svg),
         examples=_examples(result),
         preferences=result.preferences,
-        pairs=len(result.preferences.rows),
+        pairs=f"{len(result.preferences.rows):,}",
         cache_line=cache_line(result),
         settings=_settings(result),
         seconds=result.seconds,

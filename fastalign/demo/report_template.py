@@ -35,7 +35,7 @@ thead th { color: var(--soft); font-weight: 600; font-size: .87rem; }
 dl.meanings { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .9rem; margin: .9rem 0 0;
               color: var(--soft); font-size: .87rem; }
 dl.meanings dt { font-weight: 600; } dl.meanings dd { margin: 0; }
-.examples td { white-space: normal; text-align: left; vertical-align: top; }
+.examples td { white-space: normal; text-align: left; } .examples th, .examples td { vertical-align: top; }
 .examples td.number { text-align: right; white-space: nowrap; }
 .examples caption { text-align: left; font-weight: 600; padding: .3rem .7rem; }
 .examples caption span { display: block; font-weight: 400; color: var(--soft); font-size: .87rem; }

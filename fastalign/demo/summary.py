@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from fastalign.demo.evaluation import Estimate, PolicyScore
@@ -61,6 +62,7 @@ def score_table(scores: Iterable[PolicyScore]) -> Table:
 
 
 def introduction(settings: DemoSettings) -> str:
+    """What is about to happen."""
     return (
         "A tiny model learns to answer shoppers' questions (SFT), then from annotators who compare answers. The gold "
         "reward counts right and wrong details and ignores length. The annotators go by it too, but a token of length "
@@ -85,13 +87,16 @@ def cache_line(result: DemoResult) -> str:
 
 
 def conclusion(result: DemoResult) -> str:
+    """The findings and where the files are, for the terminal (rich markup)."""
     share = result.preferences.longer_chosen_at_equal_gold
-    plot = result.plot or "none: matplotlib is not installed"
+    report, plot = escape(str(result.report)), "none: matplotlib is not installed"
+    if result.plot is not None:
+        plot = escape(str(result.plot))
     return (
         f"[bold]{verdict(result)}[/bold]\n"
         f"Of two answers with equal gold rewards the annotators chose the longer one in {share.mean:.0%} of cases.\n"
         f"{cache_line(result)}\n"
-        f"\nReport: {result.report}\nPlot: {plot}\nTime: {result.total_seconds:.0f} s\n"
+        f"\nReport: {report}\nPlot: {plot}\nTime: {result.total_seconds:.0f} s\n"
     )
 
 

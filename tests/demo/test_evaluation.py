@@ -19,7 +19,7 @@ def test_estimate():
 
 
 def test_answers_are_what_follows_the_prompt(model, tokenizer, questions):
-    answers = sample_answers(model, tokenizer, questions, seed=0, max_new_tokens=40)
+    answers = sample_answers(model, tokenizer, questions, seed=0, max_new_tokens=40, batch_size=3)
     assert len(answers.texts) == len(answers.sequences) == len(answers.finished) == len(questions)
     for question, text, (ids, start), ended in zip(
         questions, answers.texts, answers.sequences, answers.finished, strict=True

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int, boundary: int | None = None) -> list[np.ndarray]:
+def plan_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Indices of the sequences of each batch, longest first: little padding, and a lack of memory shows at once.
 
     lengths (n,) int: tokens of each sequence. batch_tokens: rows × longest length of a batch stays within it; a longer
-    sequence is a batch of its own. boundary: no batch holds sequences of both length ≤ boundary and length > boundary.
+    sequence is a batch of its own.
     Returns int64 arrays that partition 0 … n − 1; equal lengths keep their order.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
@@ -17,9 +17,6 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, boundary: int | None = 
     while start < len(order):
         longest = int(lengths[order[start]])
         stop = min(start + max(1, batch_tokens // longest), len(order))
-        if boundary is not None and longest > boundary:
-            while int(lengths[order[stop - 1]]) <= boundary:
-                stop -= 1
         batches.append(order[start:stop])
         start = stop
     return batches

@@ -76,7 +76,7 @@ class _Build:
     """missing (m,) int64: the first positions of the distinct sequences to compute. damaged: shards to rebuild."""
 
     def __init__(self, store: Store, index: KeyIndex, digest: str, sequences: Sequence[TokenSequence]) -> None:
-        self._sequences = sequences
+        self._digest, self._sequences = digest, sequences
         self.keys, self._lengths, self._completions = sequence_keys(digest, sequences)
         self.damaged = store.damaged()
         self.scoring_seconds, self.computed, self.tokens = 0.0, 0, 0
@@ -102,15 +102,20 @@ class _Build:
 
     def run(self, score: Scorer, writer: ShardWriter, options: BuildOptions) -> None:
         lengths = self._lengths[self.missing]
-        boundary = getattr(score, "length_boundary", None)
         with track(int(lengths.sum()), "reference log-probs", options.progress) as advance:
-            for batch in plan_batches(lengths, options.batch_tokens, boundary):
+            for batch in plan_batches(lengths, options.batch_tokens):
                 self._run_batch(score, writer, self.missing[batch].tolist())
                 advance(int(lengths[batch].sum()), len(batch))
 
     def _run_batch(self, score: Scorer, writer: ShardWriter, positions: list[int]) -> None:
+        batch = [TokenSequence(*self._sequences[position]) for position in positions]
+        keys, _, _ = sequence_keys(self._digest, batch)
+        if changed := np.flatnonzero((keys != self.keys[positions]).any(axis=1)).tolist():
+            raise ValueError(
+                f"sequence {positions[changed[0]]} is not the same at every reading; a cache needs fixed sequences"
+            )
         start = time.perf_counter()
-        results = score([TokenSequence(*self._sequences[position]) for position in positions])
+        results = score(batch)
         self.scoring_seconds += time.perf_counter() - start
         if len(results) != len(positions):
             raise ValueError(f"score returned {len(results)} results for {len(positions)} sequences")

@@ -80,7 +80,8 @@ class ReferenceCache:
             identity = reference.identity(IdentityMemo(path))
             cache = cls(path, identity_digest(identity))
             if not len(cache):
-                raise CacheError(f"{path} holds nothing of {reference.source}{_nearest(cache._store, identity)}")
+                reason = _nearest(cache._store, identity) + _left_out(cache._store)
+                raise CacheError(f"{path} holds nothing of {reference.source}{reason}")
             return cache
         store = Store(path)
         known = store.references()
@@ -99,12 +100,11 @@ class ReferenceCache:
     ) -> ReferenceCache:  # fmt: skip
         """Make sure that every sequence is cached: compute the missing ones, each once, and return the open cache.
 
-        cache_dir: a cache, or a new or empty folder. sequences: (input_ids, completion_start) each; a sequence type
-        with
-            len() and [i] is read as needed and never copied, another iterable is held in memory.
+        cache_dir: a cache, or a new or empty folder.
         reference: the model; loaded only if rows are missing, and let go afterwards. Or the digest (64 hexadecimal
-        digits)
-            of whatever `score` computes: a function from a list of sequences to their log-probs.
+            digits) of whatever `score` computes: a function from a list of sequences to their log-probs.
+        sequences: (input_ids, completion_start) each. A sequence type with len() and [i] is read as needed and never
+            copied; another iterable is held in memory.
         batch_tokens: padded tokens of a batch. shard_tokens, shard_seconds: a shard is written when it holds that many
             log-probs or its first row is that old; a killed build loses no more than that.
         Damaged shards are rebuilt: their sound rows are kept, the others computed again if they are asked for.
@@ -164,9 +164,7 @@ class ReferenceCache:
             f"sequence {first} ({lengths[first]} tokens, the last {completions[first]} of them the completion): "
             "build the cache with these sequences"
         )
-        if self._store.problems:
-            message += f". Left out: {'; '.join(map(str, self._store.problems))}"
-        return MissingLogpsError(message, indices.tolist())
+        return MissingLogpsError(message + _left_out(self._store), indices.tolist())
 
     def _describe(self, identity: dict[str, Any] | None, source: str) -> None:
         """Write references/<digest>.json, unless it is there and sound."""
@@ -205,6 +203,10 @@ def _scorer(reference: ReferenceModel | str, score: Scorer | None) -> Iterator[S
     else:
         assert score is not None
         yield score
+
+
+def _left_out(store: Store) -> str:
+    return f". Left out: {'; '.join(map(str, store.problems))}" if store.problems else ""
 
 
 def _nearest(store: Store, identity: dict[str, Any]) -> str:

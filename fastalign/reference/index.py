@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -57,20 +58,20 @@ class KeyIndex:
 
         Raises DamagedFileError when every row of that key is.
         """
-        failure: DamagedFileError | None = None
-        for shard, row in self._places(position):
-            try:
-                return shard.row(row, key)
-            except DamagedFileError as error:
-                failure = failure or error
-        assert failure is not None
-        raise failure
+        try:
+            return self._shards[self._shard[position]].row(self._row[position], key)
+        except DamagedFileError as error:
+            for duplicate in self._duplicates(position):
+                with suppress(DamagedFileError):
+                    return self._shards[self._shard[duplicate]].row(self._row[duplicate], key)
+            raise error
 
-    def _places(self, position: int) -> Iterator[tuple[Shard, int]]:
-        high, low = self._high[position], self._low[position]
-        while position < len(self) and self._high[position] == high and self._low[position] == low:
-            yield self._shards[self._shard[position]], int(self._row[position])
-            position += 1
+    def _duplicates(self, position: int) -> range:
+        """Positions of the further rows with the same key; the first one is at `position`."""
+        high, low, end = self._high[position], self._low[position], position + 1
+        while end < len(self) and self._high[end] == high and self._low[end] == low:
+            end += 1
+        return range(position + 1, end)
 
 
 def first_occurrences(keys: np.ndarray) -> np.ndarray:

@@ -23,8 +23,7 @@ class ReferenceModel:
     """What `ReferenceCache.build` scores with. Make one with `from_model` or `from_pretrained`.
 
     temperature: the log-probs are those of logits / temperature. autocast: compute in this dtype under torch.autocast,
-    as a trainer with bf16=True does over float32 weights; None: in the weights' own dtype. Both are part of the
-    digest.
+    as a trainer with bf16=True does over float32 weights; None: in the weights' own dtype. Both are in the digest.
     """
 
     def __init__(
@@ -68,8 +67,7 @@ class ReferenceModel:
         """A checkpoint, loaded only when it is needed: not at all when every sequence is cached already.
 
         name_or_path: a folder or a hub name. A folder with an adapter (adapter_config.json) stands for its base model
-        with
-            that adapter. adapter_path: a folder or hub name of an adapter on top of it.
+            with that adapter. adapter_path: a folder or hub name of an adapter on top of it.
         dtype: a dtype or "auto", the checkpoint's own. Loaded in another, the reference is another one.
         device: where it is scored. load_arguments: for `from_pretrained` (revision, attn_implementation, …).
         """
@@ -153,8 +151,9 @@ class ReferenceModel:
 
     def _memo_key(self, files: FileIdentities) -> str:
         load = self._checkpoint()
-        arguments = {name: repr(value) for name, value in sorted(load["arguments"].items())}
-        return memo_key(files, {"name": load["name"], "adapter": load["adapter"], "dtype": load["dtype"], **arguments})
+        # where the files came from is in their identities
+        arguments = {name: repr(value) for name, value in load["arguments"].items() if name not in _HUB_ARGUMENTS}
+        return memo_key(files, {"dtype": load["dtype"], **arguments})
 
     def _checkpoint(self) -> dict[str, Any]:
         assert self._load_arguments is not None

@@ -94,14 +94,9 @@ def _summarize_reference(store: Store, digest: str) -> ReferenceSummary:
 def render_summary(summary: CacheSummary) -> str:
     """Text for a terminal or a log."""
     table = Table(title=f"reference cache {summary.path}", title_justify="left")
-    for column, justify in {
-        "reference": "left",
-        "rows": "right",
-        "tokens": "right",
-        "size": "right",
-        "shards": "right",
-    }.items():
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("reference", overflow="fold")
+    for column in ("rows", "tokens", "size", "shards"):
+        table.add_column(column, justify="right", no_wrap=True)
     for reference in summary.references:
         table.add_row(
             _reference_text(reference), f"{reference.rows:,}", f"{reference.tokens:,}", _size(reference.bytes),

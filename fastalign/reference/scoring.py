@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def score(
     lengths = np.array([len(sequence[0]) for sequence in sequences], np.int64)
     results: list[np.ndarray | None] = [None] * len(sequences)
     with scorer, track(int(lengths.sum()), "log-probs", progress) as advance:
-        for batch in plan_batches(lengths, batch_tokens, scorer.length_boundary):
+        for batch in plan_batches(lengths, batch_tokens):
             for index, values in zip(batch, scorer([TokenSequence(*sequences[int(i)]) for i in batch]), strict=True):
                 results[index] = values
             advance(int(lengths[batch].sum()), len(batch))
@@ -54,8 +54,9 @@ def score(
 class ModelScorer:
     """Scores one batch of sequences a call: one forward through the backbone, the head in tiles, no logits.
 
-    Usable inside `with scorer:`, which fuses the head for the time being and undoes it. Raises ValueError for a model
-    whose head cannot be fused or whose result for a sequence would depend on the others in its batch.
+    Usable inside `with scorer:`, which fuses the head for the time being and undoes it. A sequence's log-probs do not
+    depend on the others in its batch, beyond rounding. Raises ValueError for a model whose head cannot be fused, and
+    for sequences of which that cannot be had.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ModelScorer:
         base = base_causal_lm(self._inner)
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
         self._device = base.get_input_embeddings().weight.device
-        self.length_boundary, self._length_limit = _rope_lengths(base.config.get_text_config(decoder=True).to_dict())
+        self._length_boundary, self._length_limit = _rope_lengths(base.config.get_text_config(decoder=True).to_dict())
         self._fused_here = False
 
     def __enter__(self) -> ModelScorer:
@@ -92,6 +93,16 @@ class ModelScorer:
 
     def __call__(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
         """One batch: arrays float32 (len(input_ids) − completion_start,), in order."""
+        boundary = self._length_boundary
+        if boundary is None:
+            return self._score(sequences)
+        results: dict[int, np.ndarray] = {}
+        for is_long in (True, False):  # two forwards, where there are both
+            part = [i for i, sequence in enumerate(sequences) if (len(sequence.input_ids) > boundary) == is_long]
+            results |= zip(part, self._score([sequences[i] for i in part]), strict=True) if part else {}
+        return [results[i] for i in range(len(sequences))]
+
+    def _score(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
         input_ids, attention_mask, targets, rows = self._collate(sequences)
 
         def head_fn(hidden: Tensor, head: Head) -> Tensor:
@@ -157,7 +168,7 @@ def _forward_module(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif is_compiled_module(model):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -203,8 +214,8 @@ def _available(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter: str) -
 def _rope_lengths(config: dict[str, Any]) -> tuple[int | None, int | None]:
     """(boundary, limit) of sequence lengths for RoPE variants that look at the longest sequence of a batch.
 
-    longrope takes one of two frequency sets, by whether the batch is longer than the original context: batches must not
-    mix the two. dynamic scales with the longest length: sequences beyond the context have no log-probs of their own.
+    longrope takes one of two frequency sets, by whether the batch is longer than the original context: a forward must
+    not mix the two. dynamic scales with the longest length: beyond the context, a sequence has no log-probs of its own.
     """
     rope = config.get("rope_parameters") or {}
     variants = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]

@@ -116,9 +116,9 @@ class Shard:
         """(R, 16) uint8."""
         return self._file.get_tensor("keys")
 
-    def row(self, index: int, key: bytes) -> np.ndarray:
+    def row(self, index: int | np.integer, key: bytes) -> np.ndarray:
         """Log-probs (n,) float32 of one row, a copy. Raises DamagedFileError if they are not as written for `key`."""
-        values: np.ndarray = self._logps[int(self._offsets[index]) : int(self._offsets[index + 1])]
+        values: np.ndarray = self._logps[self._offsets.item(index) : self._offsets.item(index + 1)]
         if row_crc(key, values) != self._crc[index]:
             raise DamagedFileError(self.path, f"the checksum of its row {index} does not fit")
         return values

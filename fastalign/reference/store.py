@@ -45,11 +45,12 @@ def create_store(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / FORMAT_FILE).exists():
         strangers = sorted(path.name for path in root.iterdir() if not path.name.endswith(TEMPORARY))
-        if strangers and strangers != [FORMAT_FILE]:  # another process may have made it in between
+        if not strangers:
+            write_json(root / FORMAT_FILE, dict(FORMAT))
+        elif FORMAT_FILE not in strangers:  # else another process has made it a cache in between
             raise CacheError(
                 f"{root} has no {FORMAT_FILE} and is not empty (it holds {strangers[0]}): not a reference cache"
             )
-        write_json(root / FORMAT_FILE, dict(FORMAT))
     check_format(root)
     for folder in FOLDERS:
         (root / folder).mkdir(exist_ok=True)

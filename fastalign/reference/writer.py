@@ -19,11 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """Collects rows and writes a shard whenever it is full. Use as a context manager: leaving it, also by an exception
-    or Ctrl-C, writes what is finished; a killed process loses the rows of the shard it was filling and no others.
+    """Collects rows and writes a shard whenever it is full.
 
-    shard_tokens: a shard is written once it holds this many log-probs. shard_seconds: or once its first row is this
-    old.
+    Leaving it as a context manager, also by an exception or Ctrl-C, writes what is finished; a killed process loses the
+    rows of the shard it was filling and no others.
+
+    shard_tokens: a shard is written once it holds this many log-probs; shard_seconds: or once its first row is so old.
     """
 
     def __init__(self, root: Path, reference: str, *, shard_tokens: int, shard_seconds: float) -> None:
@@ -90,7 +91,7 @@ class ShardWriter:
         Lists unlisted shards, copies the sound rows of `damaged` shards (name → kind) and retires them, drops manifests
         that cannot be read.
         """
-        for folder in FOLDERS:
+        for folder in ("", *FOLDERS):
             remove_stale_temporaries(self.root / folder)
         unreadable_manifests = [p.file for p in store.problems if p.file.startswith("manifests/") and p.kind == DAMAGED]
         if not (store.unlisted or damaged or unreadable_manifests):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from fastalign.reference import TokenSequence
+    from fastalign.reference import ReferenceCache, TokenSequence
 
 torch.set_num_threads(1)
 
@@ -32,6 +32,12 @@ class SyntheticScorer:
     def logps(sequence: TokenSequence) -> np.ndarray:
         ids = np.asarray(sequence[0], np.int64)
         return (-(ids.cumsum() % 997) / 8 - sequence[1])[sequence[1] :].astype(np.float32)
+
+    def assert_right(self, cache: ReferenceCache, sequences: list[TokenSequence]) -> None:
+        """The cache gives, bit for bit, what this scorer computes."""
+        for sequence, row in zip(sequences, cache.lookup(sequences), strict=True):
+            assert row.dtype == np.float32
+            assert np.array_equal(row, self.logps(sequence))
 
     @property
     def scored(self) -> list[TokenSequence]:

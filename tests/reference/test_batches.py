@@ -9,14 +9,13 @@ from fastalign.reference.batches import plan_batches
 LENGTHS = st.lists(st.integers(2, 40), max_size=60)
 
 
-@given(LENGTHS, st.integers(1, 200), st.none() | st.integers(1, 40))
-def test_batches_partition_the_sequences_within_the_budget(lengths, batch_tokens, boundary):
-    batches = plan_batches(np.array(lengths, np.int64), batch_tokens, boundary)
+@given(LENGTHS, st.integers(1, 200))
+def test_batches_partition_the_sequences_within_the_budget(lengths, batch_tokens):
+    batches = plan_batches(np.array(lengths, np.int64), batch_tokens)
     assert sorted(int(i) for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         of_batch = [lengths[i] for i in batch]
         assert len(batch) == 1 or len(batch) * max(of_batch) <= batch_tokens
-        assert boundary is None or (max(of_batch) <= boundary) == (min(of_batch) <= boundary)
     flat = [lengths[i] for batch in batches for i in batch]
     assert flat == sorted(lengths, reverse=True)
 

@@ -9,7 +9,6 @@ import random
 import signal
 import time
 
-import numpy as np
 import pytest
 
 from fastalign.reference import ReferenceCache
@@ -111,9 +110,7 @@ def kill_until_done(killer: Killer, kills: int, most_batches: int, scorer) -> in
         # a kill between the two renames leaves a shard that no manifest lists: still sound, still used
         assert cache.verify() == []
         missing = set(cache.missing(killer.sequences))
-        there = [sequence for i, sequence in enumerate(killer.sequences) if i not in missing]
-        for sequence, row in zip(there, cache.lookup(there), strict=True):
-            assert np.array_equal(row, scorer.logps(sequence))
+        scorer.assert_right(cache, [sequence for i, sequence in enumerate(killer.sequences) if i not in missing])
         after = tokens_cached(cache)
         # what is lost: the shard being written, and the batch being scored
         assert after - before >= started - SHARD_TOKENS - 2 * BATCH_TOKENS
@@ -123,8 +120,7 @@ def kill_until_done(killer: Killer, kills: int, most_batches: int, scorer) -> in
     assert last.exitcode == 0
     cache = ReferenceCache.open(killer.root / "cache")
     assert cache.verify() == []
-    for sequence, row in zip(killer.sequences, cache.lookup(killer.sequences), strict=True):
-        assert np.array_equal(row, scorer.logps(sequence))
+    scorer.assert_right(cache, killer.sequences)
     assert cache.inspect().references[0].duplicates == 0  # nothing finished was computed again
     return died
 
@@ -154,8 +150,7 @@ def test_several_processes_build_at_once(tmp_path, processes, digest, scorer, ma
     assert [process.exitcode for process in running[:2]] == [0, 0]
     cache = ReferenceCache.open(tmp_path / "cache", digest)
     assert cache.verify() == []
-    for sequence, row in zip(sequences, cache.lookup(sequences), strict=True):
-        assert np.array_equal(row, scorer.logps(sequence))
+    scorer.assert_right(cache, sequences)
     assert len(cache) == 300
 
 

@@ -69,6 +69,23 @@ def test_a_folder_that_another_process_is_just_making(tmp_path):
     assert Store(tmp_path).problems == []
 
 
+def test_a_folder_that_another_process_has_just_made(tmp_path, monkeypatch):
+    """Made between the look for the format and the look at what is there."""
+    from pathlib import Path
+
+    real = Path.iterdir
+
+    def iterdir(path):
+        if path == tmp_path:
+            monkeypatch.setattr(Path, "iterdir", real)
+            create_store(tmp_path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    create_store(tmp_path)
+    assert Store(tmp_path).problems == []
+
+
 def test_no_cache(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CacheError, match=r"is no reference cache: it has no format\.json"):

@@ -8,8 +8,9 @@ buffer). A backend supplies these functions on tiles, and nothing else:
     row_grad(tile, bias, targets, v0, stats, coef, spec, out)   writes ∂L/∂u of the tile to `out`, which may be the tile
     row_exp(tile, bias, stats, spec, out)                       writes exp(z − max) in 16 bits, for the cached schedule
 
-With `spec.exp_tile` row_grad gets such a 16-bit tile of exponentials E instead of u: p = E·exp(−log_sum). The bias is in them; that mode has
-no softcap and no entropy coefficient. Tiles are float32; float64 inputs (gradient checks) make them float64, here only.
+With `spec.exp_tile` row_grad gets such a 16-bit tile of exponentials E instead of u: p = E·exp(−log_sum). The bias is
+in them; that mode has no softcap and no entropy coefficient. Tiles are float32; float64 inputs (gradient checks) make
+them float64, here only.
 
 With b = bias[v0:v0+v] (or 0), the logits are
 

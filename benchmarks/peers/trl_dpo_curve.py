@@ -19,7 +19,6 @@ import zlib
 
 import torch
 import transformers
-import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -86,6 +85,8 @@ class RecordingCollator:
 
 
 def main() -> None:
+    import trl  # here, so that others may take the selection of rows without it
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", required=True)

@@ -43,6 +43,11 @@ class PairTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel: start one "
                 "process per GPU (torchrun, accelerate launch), or show it one GPU with CUDA_VISIBLE_DEVICES"
             )
+        for feature in ("fsdp", "deepspeed"):  # a launcher may turn them on past the config
+            if getattr(self, f"is_{feature}_enabled"):
+                raise ValueError(f"{feature} is not supported yet: run with DistributedDataParallel")
+        if (shards := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) != 1:
+            raise ValueError(f"tensor, context and sequence parallelism are not supported yet, got {shards} shards")
         self.micro_batch_tokens = micro_batch_tokens
         self._train_meter, self._eval_meter = Meter(), Meter()
         self._tokens = 0  # of this process, since the last log

@@ -14,20 +14,30 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from fastalign.linear import linear_dpo_loss
-from fastalign.models import Head, disable_dropout, fuse_head, has_router_loss
+from fastalign.models import Head, disable_dropout, fuse_head
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel
 from fastalign.trainers.base import PairTrainer
 from fastalign.trainers.batches import Batch, num_pairs
-from fastalign.trainers.dpo_config import DEFAULT_CACHE_DIR, DEFAULT_MICRO_BATCH_TOKENS, DPOConfig
+from fastalign.trainers.dpo_config import (
+    DEFAULT_CACHE_DIR,
+    DEFAULT_MICRO_BATCH_TOKENS,
+    DEFAULT_REF_BATCH_TOKENS,
+    DPOConfig,
+    by_device,
+)
 from fastalign.trainers.examples import Examples
 from fastalign.trainers.policy import (
     add_adapter,
     autocast_dtype,
+    borrowed,
+    check_trainable,
+    checked_arguments,
     load_policy,
     load_tokenizer,
     lora_config,
-    named_reference,
+    router_coefficient,
+    separate_reference,
 )
 from fastalign.trainers.reference import (
     REFERENCE_COLUMNS,
@@ -91,7 +101,7 @@ class DPOTrainer(PairTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        model, args = _checked(model, ref_model, args, compute_metrics)
+        model, args = checked_arguments(model, ref_model, args, compute_metrics)
         peft_config = lora_config(args, peft_config)
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
         self._autocast = autocast_dtype(args)
@@ -104,27 +114,24 @@ class DPOTrainer(PairTrainer):
         splits = [split for split in (train, *evaluation.values()) if split is not None]
 
         set_seed(args.seed)  # a new adapter is initialised at random
-        self._reference = named_reference(ref_model or args.ref_model_name_or_path, args, peft_config is not None)
-        if self._reference is not None:  # before the policy is loaded: one model in memory at a time
-            self._score(self._reference, splits, args)
-            check_cached(self.reference_cache, self._reference, splits[0], self._autocast)
-            if isinstance(ref_model, nn.Module):
-                self._reference = None  # the caller's, to keep or to free
+        self._reference: ReferenceModel | None = None  # one that can be loaded again whenever it is needed
+        separate = ref_model or args.ref_model_name_or_path
+        if separate is not None:  # before the policy is loaded: one model in memory at a time
+            self._score_separate(separate, splits, args, peft_config is not None, quantization_config)
         policy = load_policy(model, args, peft_config, quantization_config)
         if args.disable_dropout:
             disable_dropout(policy)
         self._adapter = reference_adapter(policy)
         own = ReferenceModel.from_model(policy, adapter=self._adapter, autocast=self._autocast)
-        if not hasattr(self, "reference_cache"):
+        if separate is None:
             self._score(own, splits, args)
-            self._starts_at_reference = True
-        else:
-            self._starts_at_reference = own.digest() == self.reference_cache.reference
+        self._starts_at_reference = separate is None or own.digest() == self.reference_cache.reference
         if peft_config is not None:
             policy = add_adapter(policy, peft_config, args)
             # these two do not start as the base model
             self._starts_at_reference &= getattr(peft_config, "init_lora_weights", True) not in (False, "loftq")
-        self._router_coef = _router_coefficient(policy, args)
+        check_trainable(policy)
+        self._router_coef = router_coefficient(policy, args)
 
         use_cache = base_causal_lm(policy).config.use_cache
         joined = {name: with_reference(split, self.reference_cache) for name, split in evaluation.items()}
@@ -137,7 +144,7 @@ class DPOTrainer(PairTrainer):
             processing_class=self._examples.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            micro_batch_tokens=_micro_batch_tokens(args),
+            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
         base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         fuse_head(self.model)
@@ -151,9 +158,25 @@ class DPOTrainer(PairTrainer):
             str(Path(args.cache_dir or DEFAULT_CACHE_DIR).expanduser()),
             reference,
             splits,
-            batch_tokens=args.precompute_ref_batch_tokens,
+            batch_tokens=by_device(args.precompute_ref_batch_tokens, DEFAULT_REF_BATCH_TOKENS, args),
             progress=not args.disable_tqdm,
         )
+
+    def _score_separate(
+        self,
+        ref_model: str | nn.Module,
+        splits: list[Dataset],
+        args: DPOConfig,
+        with_adapter: bool,
+        quantization_config: Any,
+    ) -> None:
+        """Log-probs of a reference other than the policy, which is held only if it can be loaded again by name."""
+        reference = separate_reference(ref_model, args, with_adapter, quantization_config)
+        with borrowed(ref_model, args.device):
+            self._score(reference, splits, args)
+            check_cached(self.reference_cache, reference, splits[0], self._autocast)
+        if isinstance(ref_model, str):
+            self._reference = reference
 
     def _joined(self, dataset: Any) -> Dataset:
         """A data set handed to `evaluate`, tokenised and with its reference log-probs."""
@@ -263,47 +286,3 @@ class DPOTrainer(PairTrainer):
             )
 
         return model(input_ids=batch["input_ids"], head_fn=head_fn, **model_kwargs)
-
-
-def _checked(
-    model: str | nn.Module | None, ref_model: str | nn.Module | None, args: DPOConfig | None, compute_metrics: Any
-) -> tuple[str | nn.Module, DPOConfig]:
-    if compute_metrics is not None:
-        raise ValueError("compute_metrics is not supported: no logits exist to compute metrics from")
-    if model is None:
-        model = args.model_name_or_path if args is not None else None
-        if model is None:
-            raise ValueError("no model: give model, or args.model_name_or_path")
-    if not isinstance(model, str | nn.Module):
-        raise ValueError(f"model must be a name or a model, got {type(model).__name__}")
-    if ref_model is model and isinstance(model, nn.Module):
-        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
-    if args is None:
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        args = DPOConfig(output_dir=f"{name.rstrip('/').rsplit('/', 1)[-1] or 'policy'}-DPO")
-    if not isinstance(args, DPOConfig):
-        raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
-    if ref_model is not None and args.ref_model_name_or_path is not None:
-        raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
-    return model, args
-
-
-def _router_coefficient(policy: nn.Module, args: DPOConfig) -> float:
-    """The weight of the load-balancing loss: the config's, or the model's own; 0 for a model without one."""
-    able = has_router_loss(policy)
-    if args.router_aux_loss_coef and not able:
-        name = type(base_causal_lm(policy)).__name__
-        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: {name} has no load-balancing loss")
-    if args.router_aux_loss_coef is not None:
-        return args.router_aux_loss_coef
-    return (
-        float(getattr(base_causal_lm(policy).config.get_text_config(decoder=True), "router_aux_loss_coef", 0))
-        if able
-        else 0.0
-    )
-
-
-def _micro_batch_tokens(args: DPOConfig) -> int:
-    if args.micro_batch_tokens is not None:
-        return args.micro_batch_tokens
-    return DEFAULT_MICRO_BATCH_TOKENS.get(args.device.type, DEFAULT_MICRO_BATCH_TOKENS["cuda"])

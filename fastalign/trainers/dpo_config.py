@@ -16,8 +16,9 @@ from fastalign.ops.backends import BACKENDS
 from fastalign.ops.schedule import SCHEDULES
 
 DEFAULT_CACHE_DIR = "~/.cache/fastalign/reference"
+# Constants per device type, never derived from free memory: the same run does the same work everywhere.
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Per device type; a constant, never derived from free memory, so that the same run does the same work everywhere."""
+DEFAULT_REF_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _REFUSED = "Not supported yet: any other value is refused."
@@ -85,7 +86,8 @@ class DPOConfig(TrainingArguments):
         metadata=_help("Further arguments of from_pretrained for the policy (and a reference given by name)."),
     )
     disable_dropout: bool = field(
-        default=True, metadata=_help("Turn off the model's dropout; lora_dropout is a setting of its own.")
+        default=True,
+        metadata=_help("Turn off the dropout of the model that is handed in; a new adapter has lora_dropout."),
     )
     router_aux_loss_coef: float | None = field(
         default=None,
@@ -144,8 +146,13 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata=_help(f"Folder of the reference log-probs, shared by all runs; by default {DEFAULT_CACHE_DIR}."),
     )
-    precompute_ref_batch_tokens: int = field(
-        default=16384, metadata=_help("Padded tokens of one batch when reference log-probs are computed.")
+    precompute_ref_batch_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "Padded tokens of one batch when reference log-probs are computed. By default "
+            + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
+            + "."
+        ),
     )
 
     # ---- engine
@@ -283,3 +290,8 @@ class DPOConfig(TrainingArguments):
         for name, choices in (("dtype", _DTYPES), ("dataset_format", FORMATS), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
+
+
+def by_device(given: int | None, defaults: dict[str, int], args: DPOConfig) -> int:
+    """A setting, or its default for the device of this run."""
+    return defaults.get(args.device.type, defaults["cuda"]) if given is None else given

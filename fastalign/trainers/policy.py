@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastalign.models import load_causal_lm, upcast_trainable
+from fastalign.models import has_router_loss, load_causal_lm, upcast_trainable
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.reference import reference_adapter
 
 logger = logging.getLogger(__name__)
+
+
+def checked_arguments(
+    model: str | nn.Module | None, ref_model: str | nn.Module | None, args: DPOConfig | None, compute_metrics: Any
+) -> tuple[str | nn.Module, DPOConfig]:
+    """The model and config of a DPOTrainer, defaults filled in; ValueError for what cannot be."""
+    if compute_metrics is not None:
+        raise ValueError("compute_metrics is not supported: no logits exist to compute metrics from")
+    if model is None:
+        model = args.model_name_or_path if args is not None else None
+        if model is None:
+            raise ValueError("no model: give model, or args.model_name_or_path")
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model must be a name or a model, got {type(model).__name__}")
+    if ref_model is model and isinstance(model, nn.Module):
+        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
+    if args is None:
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        args = DPOConfig(output_dir=f"{name.rstrip('/').rsplit('/', 1)[-1] or 'policy'}-DPO")
+    if not isinstance(args, DPOConfig):
+        raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
+    return model, args
 
 
 def load_tokenizer(processing_class: Any, name: str | None, args: DPOConfig) -> PreTrainedTokenizerBase:
@@ -61,21 +89,38 @@ def resolve_dtype(args: DPOConfig, arguments: dict[str, Any], with_adapter: bool
     return "auto" if with_adapter else "float32"
 
 
-def named_reference(ref_model: str | nn.Module | None, args: DPOConfig, with_adapter: bool) -> ReferenceModel | None:
-    """A reference of its own, None if it is the policy's initial state. By name it is loaded only when needed."""
+def separate_reference(
+    ref_model: str | nn.Module, args: DPOConfig, with_adapter: bool, quantization_config: Any
+) -> ReferenceModel:
+    """A reference that is not the policy's initial state. One given by name is loaded only when it is needed."""
     autocast = autocast_dtype(args)
-    if ref_model is None:
-        return None
     if isinstance(ref_model, str):
-        arguments = loading_arguments(args)
+        arguments = loading_arguments(args, quantization_config)
         dtype = resolve_dtype(args, arguments, with_adapter)
         return ReferenceModel.from_pretrained(
             ref_model, dtype=dtype, device=args.device, autocast=autocast, **arguments
         )
     base_causal_lm(ref_model)
-    if next(ref_model.parameters()).device != args.device and getattr(ref_model, "hf_device_map", None) is None:
-        ref_model.to(args.device)
     return ReferenceModel.from_model(ref_model, adapter=reference_adapter(ref_model), autocast=autocast)
+
+
+@contextmanager
+def borrowed(model: str | nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a model that was handed in is on `device`; afterwards where it came from."""
+    if isinstance(model, str) or not _is_movable(model):
+        yield
+        return
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+def _is_movable(model: nn.Module) -> bool:
+    base = base_causal_lm(model)
+    return getattr(base, "quantization_method", None) is None and getattr(base, "hf_device_map", None) is None
 
 
 def load_policy(
@@ -84,9 +129,7 @@ def load_policy(
     """The policy on its device, in the precision it trains in, before any new adapter."""
     model: nn.Module
     if isinstance(source, str):
-        arguments = loading_arguments(args, quantization_config)
-        dtype = resolve_dtype(args, arguments, peft_config is not None)
-        model = load_causal_lm(source, dtype=dtype, **arguments)
+        model = _load(source, args, peft_config, quantization_config)
     else:
         model = source
         for name, value in (
@@ -95,23 +138,36 @@ def load_policy(
         ):
             if value:
                 raise ValueError(f"{name} is for a model given by name, and the model is already in memory")
-        if isinstance(model, PeftModel) and peft_config is not None:
-            raise ValueError(
-                "the model is a PeftModel already and peft_config asks for another adapter: merge the first one "
-                "(merge_and_unload), or leave peft_config out to train it on"
-            )
-        base_causal_lm(model)
-    quantized = getattr(model, "quantization_method", None) is not None
-    if not quantized and getattr(base_causal_lm(model), "hf_device_map", None) is None:
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ValueError(
+            "the model is a PeftModel already and peft_config asks for another adapter: merge the first one "
+            "(merge_and_unload), or leave peft_config out to train it on"
+        )
+    if _is_movable(model):
         model.to(args.device)  # before the reference is scored; Trainer would do it later
     if peft_config is None:
         use_full_precision(model, args)
     return model
 
 
+def _load(
+    name: str, args: DPOConfig, peft_config: PeftConfig | None, quantization_config: Any
+) -> PreTrainedModel | PeftModel:
+    """A model by name; a folder with an adapter stands for its base model with that adapter, which is trained on."""
+    arguments = loading_arguments(args, quantization_config)
+    adapter = Path(name) / "adapter_config.json"
+    dtype = resolve_dtype(args, arguments, adapter.is_file() or peft_config is not None)
+    if not adapter.is_file():
+        return load_causal_lm(name, dtype=dtype, **arguments)
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} names no base_model_name_or_path: load the two and give the PeftModel as model")
+    return PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype, **arguments), name, is_trainable=True)
+
+
 def use_full_precision(model: nn.Module, args: DPOConfig) -> None:
-    """Trainable 16-bit weights become float32, unless `dtype` asks for pure 16-bit training."""
-    if args.dtype in ("bfloat16", "float16"):
+    """Trainable 16-bit weights become float32, unless `dtype` asks for pure 16-bit training of a whole model."""
+    if args.dtype in ("bfloat16", "float16") and not isinstance(model, PeftModel):
         logger.warning(
             "dtype=%s: training in pure 16-bit precision; at a learning rate of %g most updates round to nothing. "
             "bf16=True computes in bfloat16 over float32 weights",
@@ -151,11 +207,32 @@ def lora_config(args: DPOConfig, peft_config: PeftConfig | None) -> PeftConfig |
 def add_adapter(model: nn.Module, peft_config: PeftConfig, args: DPOConfig) -> PeftModel:
     """The policy under a new adapter whose weights are float32."""
     model = get_peft_model(model, peft_config)
-    if getattr(base_causal_lm(model), "quantization_method", None) is None:
-        use_full_precision(model, args)
+    use_full_precision(model, args)
     return model
+
+
+def check_trainable(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model is trainable; a PeftModel is loaded for training with is_trainable=True"
+        )
 
 
 def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
     """What Trainer's autocast computes in, or None."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def router_coefficient(policy: nn.Module, args: DPOConfig) -> float:
+    """The weight of the load-balancing loss: the config's, or the model's own; 0 for a model without one."""
+    able = has_router_loss(policy)
+    if args.router_aux_loss_coef and not able:
+        name = type(base_causal_lm(policy)).__name__
+        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: {name} has no load-balancing loss")
+    if args.router_aux_loss_coef is not None:
+        return args.router_aux_loss_coef
+    return (
+        float(getattr(base_causal_lm(policy).config.get_text_config(decoder=True), "router_aux_loss_coef", 0))
+        if able
+        else 0.0
+    )

@@ -15,8 +15,7 @@ torch.set_num_threads(1)
 VOCAB = 61
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer() -> tf.PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
     model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -24,6 +23,11 @@ def tokenizer():
         tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         chat_template="{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 class Kit:
@@ -75,6 +79,21 @@ class Kit:
             peft_config=peft_config,
             callbacks=callbacks,
         )
+
+    @staticmethod
+    def messages(n: int) -> list[dict[str, str]]:
+        """Rows of plain text whose words are single tokens."""
+        return [{"prompt": f"w{3 + i} w9", "chosen": f" w{10 + i} w4", "rejected": f" w{20 + i}"} for i in range(n)]
+
+    @staticmethod
+    def reference_sums(dataset: Dataset) -> list[tuple[float, float]]:
+        return [(float(e["ref_chosen_logps"].sum()), float(e["ref_rejected_logps"].sum())) for e in dataset]
+
+    @staticmethod
+    def tampered(trainer: DPOTrainer):
+        """A look-up that is off by half a nat a token, as that of another model would be."""
+        original = type(trainer.reference_cache).lookup
+        return lambda self, sequences: [logps - 0.5 for logps in original(self, sequences)]
 
     @staticmethod
     def logs(trainer: DPOTrainer) -> list[dict[str, float]]:

@@ -1,7 +1,13 @@
 """Equality of runs: how a batch is split over accumulation steps, micro-batches and processes changes nothing."""
 
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +83,44 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
     kit.assert_same(run(kit, per_device_train_batch_size=8)[0], expected[0], **EXACT)
 
 
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Weights, logged metrics and an evaluation whose last batch is filled up with pairs that do not count."""
+    results = []
+    for processes, settings in ((1, {"per_device_train_batch_size": 8}), (2, {"micro_batch_tokens": 64})):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        settings = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2} | settings
+        command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings)]
+        port = free_port()
+        workers = []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            env |= {name: str(value) for name, value in place.items()} if processes > 1 else {}
+            workers.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
+        for worker in workers:
+            _, errors = worker.communicate(timeout=300)
+            assert worker.returncode == 0, errors[-2000:]
+        results.append(torch.load(folder / "result.pt"))
+    one, two = results
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, **EXACT)
+    for a, b in zip(two["logs"], one["logs"], strict=True):
+        for name in (*METRICS, "num_tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
+    for name, value in one["eval"].items():
+        if "loss" in name or "/" in name:
+            assert two["eval"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 16])
 def test_evaluation_does_not_depend_on_its_batches(kit, size):
     policy = kit.model()
@@ -149,14 +193,6 @@ def test_predictions_are_refused(kit):
     trainer = kit.trainer(kit.model(), kit.pairs(4))
     with pytest.raises(ValueError, match="no logits"):
         trainer.predict(trainer.train_dataset)
-
-
-def test_progress_carries_the_figures(kit, capsys):
-    run(kit, n=8, disable_tqdm=False, num_train_epochs=1)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "step 2/2" in line]
-    assert lines
-    for word in ("loss", "margin", "accuracy", "tokens/s"):
-        assert word in lines[0]
 
 
 def test_tensorboard_gets_the_metrics(kit):

@@ -1,0 +1,212 @@
+"""Real preferences and a real checkpoint against TRL 1.16.0: figures of one batch, and a recorded loss curve."""
+
+import gzip
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastalign.ops import linear_logps
+from fastalign.trainers import DPOConfig, DPOTrainer
+
+torch.set_num_threads(1)
+SUPPORTED = ("sigmoid", "sigmoid_b05", "hinge", "ipo", "robust", "sigmoid_norm")
+CURVE = Path(__file__).parent / "golden" / "trl_dpo_curve.json"
+
+
+class Rows(list):
+    """Offensive texts: a failing test must not print them."""
+
+    def __repr__(self):
+        return f"{len(self)} rows"
+
+
+@pytest.fixture(scope="module")
+def golden(shared_dir):
+    return json.loads((shared_dir / "golden" / "trl_dpo.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(shared_dir):
+    with gzip.open(shared_dir / "data" / "hh_harmless.jsonl.gz", "rt", encoding="utf-8") as file:
+        return Rows(json.loads(line) for line in file)
+
+
+@pytest.fixture(scope="module")
+def golden_trainer(shared_dir, golden, rows, tmp_path_factory):
+    """A trainer on the golden rows: policy hh-tiny-dpo, reference hh-tiny, in float32."""
+    folder = tmp_path_factory.mktemp("golden")
+    args = DPOConfig(
+        str(folder), cache_dir=str(folder / "cache"), use_cpu=True, max_length=golden["max_length"], report_to="none"
+    )
+    models = shared_dir / "models"
+    data = Rows(rows[i] for i in golden["rows"])
+    return DPOTrainer(str(models / "hh-tiny-dpo"), str(models / "hh-tiny"), args, train_dataset=data)
+
+
+@pytest.fixture(scope="module")
+def batch(golden_trainer):
+    dataset = golden_trainer.train_dataset
+    return golden_trainer.data_collator([dataset[i] for i in range(len(dataset))])
+
+
+def scored(golden, name, batch):
+    """TRL's per-token figures (aligned with input_ids[:, 1:]) in the order of our rows."""
+    values = np.array(golden[name])
+    sequence, position = np.divmod(batch["rows"], batch["targets"].shape[1])
+    return values[sequence, position]
+
+
+def test_our_batch_is_trls(golden, batch):
+    assert batch["input_ids"].tolist() == golden["batch"]["input_ids"]
+    assert batch["attention_mask"].tolist() == golden["batch"]["attention_mask"]
+    mask = torch.tensor(golden["batch"]["completion_mask"])[:, 1:]
+    assert torch.equal(batch["targets"][:, :-1] != -100, mask.bool())
+
+
+def test_reference_log_probs(golden, batch):
+    expected = scored(golden, "reference_per_token_logps", batch)
+    np.testing.assert_allclose(batch["ref_per_token_logps"], expected, rtol=1e-5, atol=3e-5)
+    np.testing.assert_allclose(batch["ref_logps"], golden["reference_logps"], rtol=1e-5)
+
+
+def test_policy_log_probs(golden, golden_trainer, batch):
+    rows = torch.from_numpy(batch["rows"])
+
+    def score(hidden, head):
+        return linear_logps(hidden, head.weight, batch["targets"], rows=rows, **head.options).logps
+
+    with torch.no_grad():
+        logps = golden_trainer.model.eval()(input_ids=batch["input_ids"], head_fn=score).flatten()[rows]
+    expected = scored(golden, "policy_per_token_logps", batch)
+    np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_losses_metrics_and_gradients(golden, golden_trainer, batch, case, monkeypatch):
+    expected = golden["cases"][case]
+    defaults = {"beta": 0.1, "label_smoothing": 0.0}
+    for name, value in (defaults | expected["args"]).items():
+        monkeypatch.setattr(golden_trainer.args, name, value)
+    model = golden_trainer.model
+    model.zero_grad()
+    golden_trainer._train_meter.clear()
+    loss = golden_trainer.training_step(model, batch, num_items_in_batch=8)
+    assert float(loss) == pytest.approx(expected["loss"], rel=1e-5)
+
+    values, _ = golden_trainer._train_meter.values()
+    for name, value in expected["metrics"].items():
+        if name != "num_tokens":  # TRL's counter, 0 because its step was not counted
+            assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+    # norms in float64: over two million entries torch's float32 norm is off by 1e-4
+    norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(expected["grad_norm"], rel=1e-4)
+    head = model.lm_head.weight.grad.double()
+    assert float(head.norm()) == pytest.approx(expected["lm_head_grad_norm"], rel=1e-4)
+    entries = [i * (head.shape[0] // 8) for i in range(8)]
+    sample = [float(head[row, row % head.shape[1]]) for row in entries]
+    assert sample == pytest.approx(expected["lm_head_grad_sample"], rel=1e-3, abs=1e-6 * float(norm))
+
+
+# ---- the loss curve
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step, seen):
+        self.step, self.seen = step, seen
+
+    def on_train_begin(self, *args, **kwargs):
+        self.seen.clear()  # the check before training collates a batch of its own
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def repeat_curve(shared_dir, rows, folder, steps, **settings):
+    """Our trainer on the batches that TRL's was recorded on; returns (recorded curves, ours, trainer)."""
+    recorded = json.loads(CURVE.read_text())
+    seen = []
+
+    class Recording:
+        def __init__(self, collate):
+            self.collate = collate
+
+        def __call__(self, examples):
+            batch = self.collate(examples)
+            ids = batch["input_ids"][batch["attention_mask"].bool()].to(torch.int32)
+            seen.append(zlib.crc32(ids.numpy().tobytes()))
+            return batch
+
+    args = DPOConfig(
+        str(folder / "out"), cache_dir=str(folder / "cache"), use_cpu=True, save_strategy="no", report_to="none",
+        disable_tqdm=True, **(recorded["settings"] | settings),
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        str(shared_dir / "models" / recorded["model"]),
+        args=args,
+        train_dataset=Rows([rows[i] for i in recorded["rows"]][: steps * args.train_batch_size]),
+        callbacks=[StopAfter(steps, seen)],
+    )
+    trainer.data_collator = Recording(trainer.data_collator)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert seen[:steps] == recorded["batch_checksums"][:steps]
+    return recorded["logs"], entries, trainer
+
+
+def assert_same_curve(recorded, entries, steps):
+    assert len(entries) == steps
+    for name, tolerance in (("loss", 1e-4), ("rewards/margins", 2e-4), ("entropy", 1e-4), ("rewards/accuracies", 0)):
+        ours = np.array([entry[name] for entry in entries])
+        start = 1 if name == "rewards/accuracies" else 0  # at the start margins are 0 up to rounding, wins a toss
+        np.testing.assert_allclose(ours[start:], recorded[name][start:steps], rtol=0, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(
+        [entry["grad_norm"] for entry in entries], recorded["grad_norm"][:steps], rtol=1e-3, err_msg="grad_norm"
+    )
+
+
+def test_the_first_steps_of_trls_curve(shared_dir, rows, tmp_path):
+    recorded, entries, _ = repeat_curve(shared_dir, rows, tmp_path, steps=5)
+    assert_same_curve(recorded, entries, 5)
+
+
+@pytest.mark.long
+def test_trls_whole_curve(shared_dir, rows, tmp_path):
+    recorded, entries, _ = repeat_curve(shared_dir, rows, tmp_path, steps=50)
+    assert_same_curve(recorded, entries, 50)
+
+
+@pytest.mark.long
+def test_200_steps_learn(shared_dir, rows, tmp_path, capsys):
+    """Training loss falls; held-out accuracy and margin are printed with their standard errors."""
+    args = DPOConfig(
+        str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), use_cpu=True, save_strategy="no", report_to="none",
+        disable_tqdm=True, max_steps=200, per_device_train_batch_size=4, max_length=512, learning_rate=5e-5,
+        gradient_checkpointing=False, on_bad_row="skip", logging_steps=20, eval_strategy="no",
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        str(shared_dir / "models" / "hh-tiny"),
+        args=args,
+        train_dataset=Rows(rows[:900]),
+        eval_dataset=Rows(rows[900:1100]),
+    )
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    trainer.train()
+    after = trainer.evaluate()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    with capsys.disabled():
+        print(
+            f"\nloss per 20 steps {[round(x, 4) for x in losses]}; held-out "
+            f"accuracy {after['eval_rewards/accuracies']:.3f} ± {after['eval_rewards/accuracies_se']:.3f}, "
+            f"margin {after['eval_rewards/margins']:.3f} ± {after['eval_rewards/margins_se']:.3f}, "
+            f"loss {after['eval_loss']:.4f}"
+        )
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.01
+    assert after["eval_rewards/margins_se"] > 0

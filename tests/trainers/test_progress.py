@@ -1,0 +1,31 @@
+"""The figures beside the progress bar."""
+
+from fastalign.trainers.progress import evaluation_line
+
+
+def test_each_log_is_one_line_where_there_is_no_terminal(kit, capsys):
+    kit.trainer(kit.model(), kit.pairs(8), disable_tqdm=False, num_train_epochs=1).train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step 2/2" in line]
+    assert lines
+    for word in ("loss", "margin", "accuracy", "tokens/s"):
+        assert word in lines[0]
+
+
+def test_evaluations_come_with_their_standard_errors(kit, capsys):
+    trainer = kit.trainer(kit.model(), kit.pairs(8), kit.pairs(6, seed=1), disable_tqdm=False, eval_strategy="epoch")
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    assert "eval at step 2: loss" in capsys.readouterr().err
+    line = evaluation_line(
+        7, {"eval_a_loss": 0.5, "eval_a_rewards/accuracies": 0.75, "eval_a_rewards/accuracies_se": 0.1}
+    )
+    assert line == "eval_a at step 7: loss 0.5000, accuracy 0.7500 ± 0.1000"
+
+
+def test_the_bar_carries_the_figures_on_a_terminal(kit, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    kit.trainer(kit.model(), kit.pairs(8), disable_tqdm=False, num_train_epochs=1).train()
+    err = capsys.readouterr().err
+    assert "margin=" in err
+    assert "tokens/s=" in err
+    assert "step 2/2" not in err

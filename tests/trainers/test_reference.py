@@ -1,0 +1,83 @@
+"""References of a trainer: built once, found again, joined to the examples, checked."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from fastalign.reference import PreferenceSequences, score
+from fastalign.trainers.reference import ReferenceError
+
+LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+
+
+def test_a_second_run_finds_every_log_prob(kit):
+    pairs, held_out = kit.pairs(10), kit.pairs(5, seed=1)
+    first = kit.trainer(kit.model(), pairs, held_out)
+    second = kit.trainer(kit.model(), pairs, held_out, beta=2.0, loss_type="ipo")
+    assert (first.reference_cache.report.cached, first.reference_cache.report.computed) == (0, 30)
+    assert (second.reference_cache.report.cached, second.reference_cache.report.computed) == (30, 0)
+    assert kit.reference_sums(first.train_dataset) == kit.reference_sums(second.train_dataset)
+
+
+def test_cached_log_probs_are_the_references(kit):
+    """Rewards from the cache equal rewards from a reference that runs beside the policy."""
+    reference, policy, pairs = kit.model(seed=7), kit.model(), kit.pairs(6)
+    trainer = kit.trainer(policy, pairs, ref_model=reference, max_steps=1, per_device_train_batch_size=6)
+    trainer.train()
+    fresh = kit.model()  # the policy before that step
+    sums = [
+        [float(x.sum(dtype=np.float64)) for x in score(m, list(PreferenceSequences(pairs)))] for m in (fresh, reference)
+    ]
+    ratios = np.subtract(*sums)
+    margins = 0.5 * (ratios[0::2] - ratios[1::2])
+    entry = kit.logs(trainer)[0]
+    assert entry["rewards/margins"] == pytest.approx(margins.mean(), rel=1e-4)
+    assert entry["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5)
+
+
+def test_reference_by_name_equals_reference_in_memory(kit):
+    kit.model(seed=7).save_pretrained(kit.folder / "reference")
+    pairs = kit.pairs(6)
+    by_name = kit.trainer(kit.model(), pairs, ref_model=str(kit.folder / "reference"))
+    in_memory = kit.trainer(kit.model(), pairs, ref_model=kit.model(seed=7))
+    assert in_memory.reference_cache.report.computed == 0
+    assert kit.reference_sums(by_name.train_dataset) == kit.reference_sums(in_memory.train_dataset)
+    assert by_name.check_start() is None
+
+
+def test_no_reference_is_held_while_training(kit):
+    reference = kit.model(seed=7)
+    trainer = kit.trainer(kit.model(), kit.pairs(4), ref_model=reference)
+    models = {id(m) for value in vars(trainer).values() if isinstance(value, torch.nn.Module) for m in [value]}
+    assert models == {id(trainer.model)}
+    assert trainer._reference is None
+
+
+def test_wrong_log_probs_of_a_separate_reference_are_noticed(kit, monkeypatch):
+    trainer = kit.trainer(kit.model(), kit.pairs(5), ref_model=kit.model(seed=7))
+    monkeypatch.setattr(type(trainer.reference_cache), "lookup", kit.tampered(trainer))
+    with pytest.raises(ReferenceError, match="another cache_dir"):
+        kit.trainer(kit.model(), kit.pairs(5), ref_model=kit.model(seed=7))
+
+
+def test_the_adapter_never_enters_the_reference(kit):
+    full = kit.trainer(kit.model(), kit.pairs(6))
+    adapter = kit.trainer(kit.model(), kit.pairs(6), use_peft=True, lora_target_modules=["q_proj"], seed=3)
+    wrapped = kit.trainer(get_peft_model(kit.model(), LoraConfig(**LORA)), kit.pairs(6))
+    assert adapter.reference_cache.report.computed == wrapped.reference_cache.report.computed == 0
+    assert full.reference_cache.reference == wrapped.reference_cache.reference
+
+
+def test_an_sft_adapter_is_part_of_its_reference(kit):
+    torch.manual_seed(1)
+    sft = get_peft_model(kit.model(), LoraConfig(**LORA, init_lora_weights=False))
+    expected = [float(x.sum()) for x in score(sft, list(PreferenceSequences(kit.pairs(4))), adapter="default")]
+    base = [float(x.sum()) for x in score(kit.model(), list(PreferenceSequences(kit.pairs(4))))]
+    trainer = kit.trainer(sft, kit.pairs(4), max_steps=2)
+    assert np.allclose([x for pair in kit.reference_sums(trainer.train_dataset) for x in pair], expected, rtol=1e-5)
+    assert not np.allclose(expected, base, rtol=1e-3)
+    assert trainer.check_start() == pytest.approx(math.log(2), abs=1e-5)
+    trainer.train()

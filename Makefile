@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q
 
-.PHONY: help setup demo test lint types unit interpret gpu long bench format clean distclean
+.PHONY: help setup demo test lint types unit compiled interpreted gpu long bench format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,10 +30,10 @@ $(BIN)/python:
 setup: .venv/.installed ## the virtual environment and, where there is a compiler, the C++ kernels
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-demo: setup ## train a tiny model on a built-in language; about three minutes on two cores, no download
+demo: setup ## train a tiny model on a built-in language; about a minute, no download
 	$(BIN)/fastalign demo
 
-test: lint types unit interpret ## everything CI runs
+test: lint types unit compiled interpreted ## everything CI runs
 
 lint: setup
 	$(BIN)/ruff check --quiet
@@ -43,9 +43,12 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(PYTEST) -n 2 tests
+	$(PYTEST) -n 2 --dist loadfile tests --ignore tests/kernels
 
-interpret: setup # a process of its own: Triton chooses its interpreter when a kernel is decorated
+compiled: setup # Triton kernels, ahead of time for several GPUs; starts processes of its own
+	$(PYTEST) tests/kernels
+
+interpreted: setup # in another process: Triton chooses its interpreter when a kernel is decorated
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels/interpreted
 
 gpu: setup ## the tests that need a CUDA device
@@ -53,6 +56,9 @@ gpu: setup ## the tests that need a CUDA device
 
 long: setup ## the studies that take minutes
 	$(PYTEST) -m long tests
+
+bench: setup ## the fused head against its peers, on this machine
+	$(BIN)/python benchmarks/linear_logps.py
 
 format: setup ## rewrite the tree as the linter wants it
 	$(BIN)/ruff check --fix

@@ -83,36 +83,34 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
     kit.assert_same(run(kit, per_device_train_batch_size=8)[0], expected[0], **EXACT)
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(kit, tmp_path):
     """Weights, logged metrics and an evaluation whose last batch is filled up with pairs that do not count."""
-    results = []
-    for processes, settings in ((1, {"per_device_train_batch_size": 8}), (2, {"micro_batch_tokens": 64})):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        settings = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2} | settings
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings)]
-        port = free_port()
-        workers = []
-        for rank in range(processes):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-            env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            env |= {name: str(value) for name, value in place.items()} if processes > 1 else {}
-            workers.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            )
-        for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors[-2000:]
-        results.append(torch.load(folder / "result.pt"))
-    one, two = results
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, **EXACT)
-    for a, b in zip(two["logs"], one["logs"], strict=True):
+    settings = {
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch",
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "micro_batch_tokens": 64,
+    }  # fmt: skip
+    folder = tmp_path / "two"
+    folder.mkdir()
+    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings)]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    env |= {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    one = kit.trainer(
+        kit.model().double(), kit.pairs(24), kit.pairs(7, seed=1), **(settings | {"per_device_train_batch_size": 8})
+    )
+    one.train()
+    metrics = one.evaluate()
+    for process in workers:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    two = torch.load(folder / "result.pt")
+    kit.assert_same(two["weights"], kit.weights(one), **EXACT)
+    for a, b in zip(two["logs"], kit.logs(one), strict=True):
         for name in (*METRICS, "num_tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
-    for name, value in one["eval"].items():
-        if "loss" in name or "/" in name:
-            assert two["eval"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/margins_se", "eval_logps/chosen"):
+        assert two["eval"][name] == pytest.approx(metrics[name], rel=1e-6, abs=1e-9), name
 
 
 def free_port() -> int:
@@ -187,6 +185,30 @@ def test_nan_loss_is_shown(kit):
     trainer._starts_at_reference = False  # the check before training would stop it
     trainer.train()
     assert math.isnan(kit.logs(trainer)[0]["loss"])
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance", "random"])
+def test_sampling_strategies(kit, strategy):
+    trainer = kit.trainer(kit.model(), kit.pairs(24), train_sampling_strategy=strategy, num_train_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_loader_workers(kit):
+    expected = run(kit, n=8, num_train_epochs=1)
+    got = run(kit, n=8, num_train_epochs=1, dataloader_num_workers=2)
+    kit.assert_same(got[0], expected[0], rtol=0, atol=0)
+
+
+def test_the_best_model_is_loaded_at_the_end(kit):
+    trainer = kit.trainer(
+        kit.model(), kit.pairs(16), kit.pairs(8, seed=1), num_train_epochs=3, learning_rate=0.3, eval_strategy="epoch",
+        save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_rewards/accuracies",
+        eval_on_start=True,
+    )  # fmt: skip
+    trainer.train()
+    found = [entry["eval_rewards/accuracies"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_rewards/accuracies"] == max(found[1:])  # the first is before any checkpoint
 
 
 def test_predictions_are_refused(kit):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from fastalign.trainers import DPOTrainer
 
@@ -75,3 +75,38 @@ def test_the_policy_as_its_own_reference_model_is_refused(kit):
     model = kit.model()
     with pytest.raises(ValueError, match="ref_model is the model that trains"):
         kit.trainer(model, kit.pairs(4), ref_model=model)
+
+
+def test_a_folder_with_an_adapter_is_its_base_and_the_adapter(kit):
+    """SFT by LoRA, then DPO on the same adapter, by name alone."""
+    base = str(kit.folder / "base")
+    kit.model().save_pretrained(base)
+    torch.manual_seed(1)
+    sft = get_peft_model(tf.AutoModelForCausalLM.from_pretrained(base), LoraConfig(**LORA, init_lora_weights=False))
+    sft.save_pretrained(kit.folder / "sft")
+    trainer = kit.trainer(str(kit.folder / "sft"), kit.pairs(4), max_steps=1)
+    in_memory = kit.trainer(sft, kit.pairs(4))
+    assert trainer.reference_cache.reference == in_memory.reference_cache.reference
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == set(kit.weights(in_memory))
+    trainer.train()
+    with pytest.raises(ValueError, match="PeftModel already"):
+        kit.trainer(str(kit.folder / "sft"), kit.pairs(4), use_peft=True)
+
+
+def test_an_adapter_that_cannot_train_is_refused(kit):
+    kit.model().save_pretrained(kit.folder / "base")
+    get_peft_model(kit.model(), LoraConfig(**LORA)).save_pretrained(kit.folder / "sft")
+    frozen = PeftModel.from_pretrained(kit.model(), kit.folder / "sft")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        kit.trainer(frozen, kit.pairs(4))
+
+
+def test_settings_given_twice_are_refused(kit):
+    kit.model().save_pretrained(kit.folder / "base")
+    with pytest.raises(ValueError, match="attn_implementation is set both"):
+        kit.trainer(
+            str(kit.folder / "base"), kit.pairs(4), attn_implementation="eager",
+            model_init_kwargs={"attn_implementation": "sdpa"},
+        )  # fmt: skip
+    trainer = kit.trainer(str(kit.folder / "base"), kit.pairs(4), model_init_kwargs={"attn_implementation": "eager"})
+    assert trainer.model.config._attn_implementation == "eager"

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -76,11 +78,18 @@ def test_a_senseless_setting_is_refused_and_threads_are_left_alone(tmp_path):
     assert torch.get_num_threads() == threads
 
 
+def test_without_a_length_penalty_r_dpo_is_dpo_to_the_bit(tiny, tmp_path):
+    scores = run(tmp_path, 3, console=Console(quiet=True), length_alpha=0.0, **tiny).scores
+    assert dataclasses.replace(scores["R-DPO"], name="DPO") == scores["DPO"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_length_exploitation_in_miniature(tmp_path, seed):
     """The demonstration's claim: R-DPO at least 20 % shorter than DPO, its gold reward within 5 % of DPO's."""
+    began = time.process_time()
     result = run(tmp_path, seed, console=Console(quiet=True))
+    assert time.process_time() - began < 150  # of one core: under three minutes on two
     sft, dpo, r_dpo = result.scores.values()
     assert result.shorter >= 0.2
     assert abs(result.gold_ratio - 1) <= 0.05
@@ -89,4 +98,3 @@ def test_length_exploitation_in_miniature(tmp_path, seed):
     assert dpo.length.mean > 1.3 * sft.length.mean
     assert dpo.annotator_wins.mean > r_dpo.annotator_wins.mean
     assert math.isfinite(dpo.kl.mean)
-    assert result.total_seconds < 180

@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 
 class LinearLogps(NamedTuple):
-    """Per-token quantities of the linear head, each of the targets' shape, float32 unless said otherwise; 0 where ignored.
+    """Per-token quantities of the linear head, of the targets' shape, float32 unless said otherwise; 0 where ignored.
 
     `entropy`, `is_top1` (bool), `log_sum_sq_probs` and `mean_logits` are None unless they were asked for.
     Gradients flow from `logps`, `lse` and `entropy`; the others carry none.
@@ -28,7 +28,7 @@ class LinearLogps(NamedTuple):
 class Metric(NamedTuple):
     """A weighted sum kept on the device: totals and weights add up over micro-batches and processes.
 
-    `total` and `weight` are detached 0-dim float tensors on one device; `value` = total / weight (nan when the weight is 0).
+    `total` and `weight` are detached 0-dim float tensors on one device; `value` = total / weight (nan where weight is 0).
     """
 
     total: Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +78,12 @@ def test_commands_exist(document):
             assert argument in COMMANDS, f"{document.name}: {' '.join(words)}"
         if program == "python" and argument.endswith(".py"):
             assert (ROOT / argument).exists(), f"{document.name}: {' '.join(words)}"
+
+
+def test_the_results_are_what_the_report_writes():
+    report = subprocess.run(
+        [sys.executable, "benchmarks/report.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    begin, end = "<!-- results: begin; written by benchmarks/report.py -->", "<!-- results: end -->"
+    block = README.split(begin)[1].split(end)[0]
+    assert block.strip() == report.stdout.strip(), "run benchmarks/report.py --write"

@@ -28,7 +28,7 @@ class LinearLogps(NamedTuple):
 class Metric(NamedTuple):
     """A weighted sum kept on the device: totals and weights add up over micro-batches and processes.
 
-    `total` and `weight` are detached 0-dim float tensors on one device; `value` = total / weight (nan where weight is 0).
+    `total` and `weight` are detached 0-dim float tensors on one device; `value` = total / weight (nan if weight is 0).
     """
 
     total: Tensor

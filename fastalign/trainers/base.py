@@ -151,18 +151,23 @@ class PairTrainer(Trainer):
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
 
+    def _new_tokens(self) -> float:
+        """Tokens of all processes since this was last asked."""
+        tokens = torch.tensor([float(self._tokens)], device=self.args.device)
+        self._tokens = 0
+        return float(self._sum_over_processes(tokens))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_meter:
-            tokens = torch.tensor([float(self._tokens)], dtype=torch.float32, device=self.args.device)
             values, _ = self._train_meter.values(self._sum_over_processes)
-            new_tokens = float(self._sum_over_processes(tokens))
+            self._train_meter.clear()
+            new_tokens = self._new_tokens()
             self._total_tokens += new_tokens
             logs |= values
             logs["num_tokens"] = self._total_tokens
             if self._clock is not None:
                 logs["tokens_per_second"] = new_tokens / (time.perf_counter() - self._clock)
-            self._train_meter.clear()
-            self._tokens, self._clock = 0, None
+            self._clock = None
         super().log(logs, start_time)
 
     # ---- saving and resuming
@@ -175,6 +180,7 @@ class PairTrainer(Trainer):
         self._total_tokens = state["num_tokens"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._total_tokens += self._new_tokens()
         super()._save_checkpoint(model, trial)
         self._clock = None
         if self.args.should_save:

@@ -36,6 +36,7 @@ from fastalign.trainers.policy import (
     load_policy,
     load_tokenizer,
     lora_config,
+    prepare_checkpointing,
     router_coefficient,
     separate_reference,
 )
@@ -131,6 +132,7 @@ class DPOTrainer(PairTrainer):
             # these two do not start as the base model
             self._starts_at_reference &= getattr(peft_config, "init_lora_weights", True) not in (False, "loftq")
         check_trainable(policy)
+        prepare_checkpointing(policy, args)
         self._router_coef = router_coefficient(policy, args)
 
         use_cache = base_causal_lm(policy).config.use_cache
@@ -202,11 +204,12 @@ class DPOTrainer(PairTrainer):
         """Metrics with standard errors of accuracy and margin, over the constructor's eval_dataset or another."""
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._joined(part) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not (
-            isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
-        ):
+        elif eval_dataset is not None and not self._names_own_split(eval_dataset):
             eval_dataset = self._joined(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _names_own_split(self, dataset: Any) -> bool:
+        return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not resume_from_checkpoint and self.state.global_step == 0:

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from fastalign.data import DataReport, PreferenceCollator, prepare_preferences
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.reference import EXAMPLE_COLUMNS, pair_lengths
+from fastalign.trainers.reference import EXAMPLE_COLUMNS, list_lengths, pair_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,10 @@ class Examples:
 
 def _checked(dataset: Dataset, max_length: int | None) -> Dataset:
     """An already tokenised data set, or ValueError naming the first row that is empty or too long."""
-    plain = dataset.with_format(None)
     for name in EXAMPLE_COLUMNS:
-        empty = [index for index, ids in enumerate(plain[name]) if not len(ids)]
-        if empty:
+        if len(empty := np.flatnonzero(list_lengths(dataset, name) == 0)):
             raise ValueError(f"{name} of row {empty[0]} of the tokenised data set is empty")
-    lengths = pair_lengths(plain)
+    lengths = pair_lengths(dataset)
     if max_length is not None and len(lengths) and lengths.max() > max_length:
         row = int(np.argmax(lengths > max_length))
         raise ValueError(

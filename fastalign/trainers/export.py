@@ -24,6 +24,13 @@ def save_merged(model: PeftModel, folder: str | Path) -> None:
     for name, wrapper in wrappers.items():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             raise ValueError(f"{name} is wrapped in {type(wrapper).__name__}, which cannot be merged into the base")
+    touched = [*layers.values(), *wrappers.values()]
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.tie_word_embeddings and any(module is end for module in touched for end in ends):
+        raise ValueError(
+            "the adapter changes one of two tied matrices (embeddings and head), and the merged model could not keep "
+            "them tied: untie them first (tie_word_embeddings=False), or save the adapter alone (merge_adapter=False)"
+        )
     own = base.state_dict()
     state: dict[str, Tensor] = {}
     for name, tensor in own.items():

@@ -211,6 +211,16 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig, args: DPOConfig) -> P
     return model
 
 
+def prepare_checkpointing(model: nn.Module, args: DPOConfig) -> None:
+    """Reentrant checkpointing passes gradients only through inputs that require them; a frozen embedding's do not."""
+    if (
+        isinstance(model, PeftModel)
+        and args.gradient_checkpointing
+        and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    ):
+        model.enable_input_require_grads()
+
+
 def check_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -94,12 +95,14 @@ def with_reference(dataset: Dataset, cache: ReferenceCache) -> Dataset:
 
 def pair_lengths(dataset: Dataset) -> np.ndarray:
     """(n,) tokens of the longer sequence of each pair: what `train_sampling_strategy="group_by_length"` groups by."""
-    sizes = [_list_lengths(dataset, name) for name in EXAMPLE_COLUMNS]
-    return sizes[0] + np.maximum(sizes[1], sizes[2])
+    prompt, chosen, rejected = (list_lengths(dataset, name) for name in EXAMPLE_COLUMNS)
+    return prompt + np.maximum(chosen, rejected)
 
 
-def _list_lengths(dataset: Dataset, name: str) -> np.ndarray:
-    return np.array([len(ids) for ids in dataset[name]], np.int64)
+def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
+    """(n,) int64: the lengths of a column of lists, without reading the lists."""
+    column = dataset.select_columns(name).with_format("arrow")[:][name]
+    return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _list_column(values: Sequence[np.ndarray]) -> Any:

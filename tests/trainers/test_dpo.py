@@ -26,12 +26,17 @@ def test_bfloat16_autocast_over_float32_weights(kit):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [{}, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_lora_trains_the_adapter_alone(kit, checkpointing):
     policy = kit.model()
     base = {name: p.clone() for name, p in policy.named_parameters()}
     trainer = kit.trainer(
-        policy, kit.pairs(8), peft_config=LoraConfig(**LORA), max_steps=3, gradient_checkpointing=checkpointing
+        policy,
+        kit.pairs(8),
+        peft_config=LoraConfig(**LORA),
+        max_steps=3,
+        gradient_checkpointing=bool(checkpointing),
+        gradient_checkpointing_kwargs=checkpointing or None,
     )
     assert trainer.check_start() == pytest.approx(math.log(2), abs=1e-5)
     before = kit.weights(trainer)

@@ -177,12 +177,14 @@ def test_the_first_steps_of_trls_curve(shared_dir, rows, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_trls_whole_curve(shared_dir, rows, tmp_path):
     recorded, entries, _ = repeat_curve(shared_dir, rows, tmp_path, steps=50)
     assert_same_curve(recorded, entries, 50)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_200_steps_learn(shared_dir, rows, tmp_path, capsys):
     """Training loss falls; held-out accuracy and margin are printed with their standard errors."""
     args = DPOConfig(

@@ -58,3 +58,13 @@ def test_merging_needs_an_adapter(kit):
     trainer = kit.trainer(kit.model(), kit.pairs(4), merge_adapter=True, max_steps=1)
     with pytest.raises(ValueError, match="merge_adapter"):
         trainer.save_model(str(kit.folder / "saved"))
+
+
+def test_merging_refuses_what_it_would_break(kit):
+    """An adapter on a tied head: the merged head could not be the embeddings as well."""
+    tied = kit.model(tie_word_embeddings=True)
+    trainer = kit.trainer(
+        tied, kit.pairs(4), peft_config=LoraConfig(r=4, target_modules=["lm_head"]), merge_adapter=True, max_steps=1
+    )
+    with pytest.raises(ValueError, match="tied"):
+        trainer.save_model(str(kit.folder / "saved"))

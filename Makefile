@@ -15,9 +15,9 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
 
 $(BIN)/python:
-	@$(PYTHON) -c '$(FITS)' || { echo "fastalign needs Python 3.11, 3.12 or 3.13 with its venv module;" \
+	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { echo "fastalign needs Python 3.11, 3.12 or 3.13 with its venv module;" \
 		"none was found on the PATH (Debian: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	"$(PYTHON)" -m venv .venv
 
 # The build's own requirements come first, pinned like the rest, so that the build needs no isolated environment. The
 # extension is left to `setup`, which compiles in place, only what has changed, and shows what the compiler says.

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import rows as R
-from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def workspace_bytes(workspace_mb: float | None, device_type: str) -> int:
+def workspace_bytes(workspace_mb: float | None) -> int | None:
+    """Bytes of an explicit budget; None stays None, the planner's default."""
     if workspace_mb is None:
-        workspace_mb = DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cuda"])
+        return None
     if not workspace_mb > 0 or not math.isfinite(workspace_mb):
         raise ValueError(f"workspace_mb must be a positive number of MiB, got {workspace_mb!r}")
     return int(workspace_mb * 2**20)

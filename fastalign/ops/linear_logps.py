@@ -15,7 +15,7 @@ from torch import Tensor
 from fastalign.ops import rows as R
 from fastalign.ops.arguments import check_head, needed_gradients, row_spec, workspace_bytes
 from fastalign.ops.logps_op import plan_for
-from fastalign.ops.schedule import choose
+from fastalign.ops.schedule import choose, default_budget
 from fastalign.types import IGNORE_INDEX, LinearLogps
 
 
@@ -41,7 +41,8 @@ def linear_logps(
             op finds them, which costs one device synchronisation where hidden is on a GPU.
         backend: "auto", "torch", "cpu" or "triton".
         schedule: "auto", or "deferred", "cached", "frozen", "forward": fastalign.ops.schedule.
-        workspace_mb: MiB of working memory beside inputs and gradients; default {"cpu": 128, "cuda": 1024}.
+        workspace_mb: MiB of working memory beside inputs and gradients; default {"cpu": 128, "cuda": 1024}, of which
+            rows kept from forward to backward take no more than a quarter of what the logits would.
     Returns:
         LinearLogps(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits) of targets' shape, float32 (is_top1
         bool), 0 where ignored. Gradients flow from logps, lse and entropy to hidden, weight and bias.
@@ -56,8 +57,9 @@ def linear_logps(
     shape = targets.shape
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     needs = needed_gradients(flat_hidden, weight, bias)
-    workspace = workspace_bytes(workspace_mb, hidden.device.type)
-    name, kept_rows = _schedule(flat_hidden, weight, rows, needs, schedule, workspace, spec)
+    name, kept_rows, workspace = _schedule(
+        flat_hidden, weight, rows, needs, schedule, workspace_bytes(workspace_mb), spec
+    )
     out = torch.ops.fastalign.linear_logps(
         flat_hidden, weight, bias, flat_targets, rows, spec.in_scale, spec.out_scale, spec.softcap, ignore_index,
         [entropy, top1, log_sum_sq_probs, mean_logits], list(needs), backend, name, kept_rows, workspace,
@@ -105,17 +107,21 @@ def _schedule(
     rows: Tensor | None,
     needs: tuple[bool, bool, bool],
     schedule: str,
-    workspace: int,
+    workspace: int | None,
     spec: R.RowSpec,
-) -> tuple[str, int]:
-    """(schedule, rows kept for the backward), decided where sizes are plain integers."""
+) -> tuple[str, int, int]:
+    """(schedule, rows kept for the backward, budget in bytes), decided where sizes are plain integers."""
     if schedule == "streamed":
         choose(needs, None, schedule)
     if torch.compiler.is_compiling() and schedule != "cached":
         # how much is kept depends on the row count, which must stay symbolic: compiled graphs keep nothing unless
         # asked to
-        return choose(needs, None, schedule)[0], 0
+        return (
+            choose(needs, None, schedule)[0],
+            0,
+            default_budget(hidden.device.type) if workspace is None else workspace,
+        )
     chosen = plan_for(
         hidden, weight, hidden.shape[0] if rows is None else rows.shape[0], needs, schedule, workspace, spec
     )
-    return chosen.schedule, chosen.kept_rows
+    return chosen.schedule, chosen.kept_rows, chosen.budget_bytes

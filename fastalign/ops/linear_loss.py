@@ -85,7 +85,7 @@ def linear_loss(
             "schedule='streamed' needs a reduction, because it gives out one gradient; take schedule='auto'"
         )
     if any(needs) and reduce and schedule in ("auto", "streamed"):
-        workspace = workspace_bytes(workspace_mb, flat.device.type)
+        workspace = workspace_bytes(workspace_mb)
         job = _Job(loss_fn, layout, spec, denominator, needs, backend, workspace, mean_logits)
         loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
         assert job.scored is not None
@@ -127,7 +127,7 @@ class _Job:
     denominator: float | Tensor
     needs: tuple[bool, bool, bool]
     backend: str
-    workspace: int
+    workspace: int | None
     mean_logits: bool
     scored: LinearLogps | None = None
 
@@ -150,6 +150,7 @@ class _Job:
         for chunk in layout.chunks(bound.rows):
             total += self._chunk(chunk, tiles, sinks, states)
             positions.append(chunk.positions)
+        tiles.release()
         self.scored = self._assemble(tiles, states, positions)
         return total, tiles, sinks
 

@@ -20,7 +20,7 @@ from fastalign.ops.tiles import Tiles
 
 
 def plan_for(
-    hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int, spec: R.RowSpec
+    hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int | None, spec: R.RowSpec
 ) -> Plan:
     device_type = hidden.device.type if hidden.device.type in DEFAULT_WORKSPACE_MB else "cuda"
     return plan(
@@ -56,6 +56,7 @@ def _linear_logps(
     )
     n, N = tiles.plan.n, targets.shape[0]
     scored = engine.forward(tiles)
+    tiles.release()
     stats, spec = scored.stats, tiles.spec
 
     def spread(values: Tensor | None, wanted: bool = True) -> Tensor:
@@ -96,9 +97,8 @@ def _linear_logps(
 
 def _bind(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
-    out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
-    str,
-    workspace: int, known: tuple[Tensor | None, int] | None = None,
+    out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str,
+    schedule: str, workspace: int, known: tuple[Tensor | None, int] | None = None,
 ) -> tuple[Tiles, Tensor | None]:  # fmt: skip
     """The call as Tiles, and the row indices if they had to be found."""
     spec = R.RowSpec(
@@ -179,6 +179,7 @@ def _linear_logps_backward(
     sinks = engine.make_sinks(tiles, needs)
     kept_tile = (kept.t() if tiles.vocab_major else kept) if kept.numel() else None
     engine.backward(tiles, row_stats, coef, sinks, kept_tile)
+    tiles.release()
     grads = engine.finish_sinks(tiles, sinks)
     return tuple(empty if grad is None else grad for grad, empty in zip(grads, absent, strict=True))  # type: ignore[return-value]
 

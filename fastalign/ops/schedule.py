@@ -48,6 +48,7 @@ class Plan:
     kept_rows: int
     transit_rows: int  # rows per tile on the way to 16-bit exponentials; 0 where kept rows are the GEMM's own output
     gemms: float
+    budget_bytes: int
     workspace_bytes: int
     gradient_bytes: int
     accumulator_bytes: int
@@ -88,6 +89,11 @@ class _Costs:
 
     def per_row(self) -> int:
         return (self.H * self.element if self.gather else 0) + (self.H * 4 if self.grad_buffer else 0)
+
+
+def default_budget(device_type: str) -> int:
+    """Bytes of working memory where the caller names none; every accelerator has CUDA's."""
+    return DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cuda"]) * 2**20
 
 
 def align(n: int) -> int:
@@ -131,7 +137,8 @@ def plan(
         device_type: "cpu" or "cuda".
         needs: whether hidden, weight and bias need a gradient.
         group_rows: rows of the largest group of a streamable loss; None when the loss is not known during the forward.
-        workspace_bytes: the budget; None takes DEFAULT_WORKSPACE_MB[device_type].
+        workspace_bytes: the budget; None takes DEFAULT_WORKSPACE_MB[device_type], of which "auto" keeps rows only up to
+            a quarter of what the logits would take.
         schedule: "auto", or one of SCHEDULES to force it.
         cacheable: False where kept exponentials cannot serve (16-bit with softcap or entropy).
     Raises:
@@ -139,7 +146,7 @@ def plan(
     """
     if device_type not in DEFAULT_WORKSPACE_MB:
         raise ValueError(f"device_type must be one of {sorted(DEFAULT_WORKSPACE_MB)}, got {device_type!r}")
-    budget = DEFAULT_WORKSPACE_MB[device_type] * 2**20 if workspace_bytes is None else workspace_bytes
+    budget = default_budget(device_type) if workspace_bytes is None else workspace_bytes
     if budget <= 0:
         raise ValueError(f"the workspace must be positive, got {budget} bytes")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
@@ -151,6 +158,8 @@ def plan(
     if keep:
         per_row = costs.per_row() + V * costs.tile
         slab = min(V, 2048 if device_type == "cpu" else 8192)
+        if costs.weight_copy:
+            slab = min(slab, max(MIN_SLAB, budget // 4 // costs.weight_copy // MIN_SLAB * MIN_SLAB))
         room = max(budget - slab * costs.weight_copy, per_row * ROW_ALIGN)
         rows = max(ROW_ALIGN, min(room // per_row, 512 if device_type == "cpu" else 8192) // ROW_ALIGN * ROW_ALIGN)
         rows = min(rows, align(n)) if n else ROW_ALIGN
@@ -164,6 +173,8 @@ def plan(
 
     kept_rows, kept_bytes, transit = 0, 0, 0
     if name in ("deferred", "cached"):
+        if workspace_bytes is None and schedule == "auto":
+            budget = max(1, min(budget, n * V * costs.tile // 4))
         kept_rows, kept_bytes, transit = _kept(name, n, V, budget - workspace, costs, dtype, schedule, cacheable)
         workspace += transit * V * costs.tile
         if schedule == "auto" and kept_rows:
@@ -191,6 +202,7 @@ def plan(
         int(kept_rows),
         int(transit),
         gemms,
+        int(budget),
         int(workspace),
         gradient_bytes,
         accumulators,

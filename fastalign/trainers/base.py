@@ -136,6 +136,7 @@ class PairTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values, sums = self._eval_meter.values(self._sum_over_processes)
         values |= standard_errors(sums)
+        output.metrics.pop(f"{metric_key_prefix}_loss", None)  # the stand-in
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         self._eval_meter.clear()
         self._clock = None  # time spent here is not training time

@@ -70,9 +70,8 @@ class DPOTrainer(PairTrainer):
         args: a DPOConfig.
         data_collator: default PreferenceCollator; another one must return the same batches.
         train_dataset, eval_dataset: what `fastalign.data.prepare_preferences` takes (Dataset, list of rows, file,
-        folder,
-            hub name), or a Dataset with prompt_ids, chosen_ids and rejected_ids; eval_dataset may be a dict of them.
-            Default: args.dataset_name and its splits.
+            folder, hub name), or a Dataset with prompt_ids, chosen_ids and rejected_ids; eval_dataset may be a dict of
+            them. Default: args.dataset_name and its splits.
         processing_class: the tokenizer; default the model's own.
         compute_metrics: refused, as there are no logits to compute metrics from.
         callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
@@ -81,8 +80,8 @@ class DPOTrainer(PairTrainer):
     Attributes: reference_cache, the open ReferenceCache (its `report` says what was found and what computed);
     data_reports, what became of each data set's rows.
 
-    Raises ValueError, naming it, for anything that cannot be honoured; BadRowsError for bad data; ReferenceError when
-    cached log-probs are not the reference's.
+    Raises ValueError, naming it, for anything that cannot be honoured; BadRowsError for bad data;
+    ReferenceMismatchError when cached log-probs are not the reference's.
     """
 
     args: DPOConfig
@@ -104,9 +103,8 @@ class DPOTrainer(PairTrainer):
     ) -> None:
         model, args = checked_arguments(model, ref_model, args, compute_metrics)
         peft_config = lora_config(args, peft_config)
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
         self._autocast = autocast_dtype(args)
-        self._examples = Examples(load_tokenizer(processing_class, name, args), args)
+        self._examples = Examples(load_tokenizer(processing_class, model, args), args)
         self.data_reports = self._examples.reports
         train = self._examples.training(train_dataset)
         evaluation = self._examples.evaluation(eval_dataset)
@@ -116,7 +114,7 @@ class DPOTrainer(PairTrainer):
 
         set_seed(args.seed)  # a new adapter is initialised at random
         self._reference: ReferenceModel | None = None  # one that can be loaded again whenever it is needed
-        separate = ref_model or args.ref_model_name_or_path
+        separate = args.ref_model_name_or_path if ref_model is None else ref_model
         if separate is not None:  # before the policy is loaded: one model in memory at a time
             self._score_separate(separate, splits, args, peft_config is not None, quantization_config)
         policy = load_policy(model, args, peft_config, quantization_config)
@@ -217,9 +215,9 @@ class DPOTrainer(PairTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_start(self) -> float | None:
-        """If the policy is its own reference, raise ReferenceError unless it gives the cached log-probs on a few pairs.
+        """Compare a policy that is its own reference with the cached log-probs of a few pairs; train() does so first.
 
-        Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent.
+        Raises ReferenceMismatchError where they differ. Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent.
         """
         if not self._starts_at_reference or self.train_dataset is None:
             return None

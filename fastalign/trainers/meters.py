@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -35,7 +36,8 @@ class Meter:
     def values(self, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[dict[str, float], dict[str, Metric]]:
         """(final values by name, the merged sums behind them as host tensors).
 
-        reduce: sums a tensor over processes. Every process must have seen the same sets of names.
+        reduce: sums a tensor over processes. Every process must have seen the same sets of names. A correlation that
+        is undefined, because something did not vary, is left out.
         """
         merged: dict[str, Metric] = {}
         for names, sums in self._sums.items():
@@ -43,7 +45,8 @@ class Meter:
             for name, total, weight in zip(names, host[0], host[1], strict=True):
                 metric = Metric(total, weight)
                 merged[name] = merged[name].merge(metric) if name in merged else metric
-        return {name: float(value) for name, value in summarize(merged).items()}, merged
+        final = {name: float(value) for name, value in summarize(merged).items()}
+        return {name: value for name, value in final.items() if name in merged or not math.isnan(value)}, merged
 
     def clear(self) -> None:
         self._sums.clear()

@@ -47,11 +47,17 @@ def checked_arguments(
     return model, args
 
 
-def load_tokenizer(processing_class: Any, name: str | None, args: DPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, or the one saved beside the model. ValueError for anything that is no tokenizer."""
+def load_tokenizer(processing_class: Any, model: str | nn.Module, args: DPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that was given, or the one saved beside the model (beside its base model, for a bare adapter).
+
+    Raises ValueError for anything that is no tokenizer.
+    """
     if processing_class is None:
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
         if not name:
             raise ValueError("processing_class is missing and the model does not say where it was loaded from")
+        if not (Path(name) / "tokenizer_config.json").is_file() and (base := adapter_base(name)):
+            name = base
         return AutoTokenizer.from_pretrained(
             name, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
@@ -155,14 +161,21 @@ def _load(
 ) -> PreTrainedModel | PeftModel:
     """A model by name; a folder with an adapter stands for its base model with that adapter, which is trained on."""
     arguments = loading_arguments(args, quantization_config)
-    adapter = Path(name) / "adapter_config.json"
-    dtype = resolve_dtype(args, arguments, adapter.is_file() or peft_config is not None)
-    if not adapter.is_file():
-        return load_causal_lm(name, dtype=dtype, **arguments)
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapter_base(name)
+    dtype = resolve_dtype(args, arguments, base is not None or peft_config is not None)
+    model = load_causal_lm(base or name, dtype=dtype, **arguments)
+    return model if base is None else PeftModel.from_pretrained(model, name, is_trainable=True)
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a folder that holds an adapter; None for any other name."""
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{adapter} names no base_model_name_or_path: load the two and give the PeftModel as model")
-    return PeftModel.from_pretrained(load_causal_lm(base, dtype=dtype, **arguments), name, is_trainable=True)
+        raise ValueError(f"{file} names no base_model_name_or_path: load the two and give the PeftModel as model")
+    return base
 
 
 def use_full_precision(model: nn.Module, args: DPOConfig) -> None:
@@ -235,14 +248,10 @@ def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
 
 def router_coefficient(policy: nn.Module, args: DPOConfig) -> float:
     """The weight of the load-balancing loss: the config's, or the model's own; 0 for a model without one."""
-    able = has_router_loss(policy)
-    if args.router_aux_loss_coef and not able:
-        name = type(base_causal_lm(policy)).__name__
-        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef}: {name} has no load-balancing loss")
-    if args.router_aux_loss_coef is not None:
-        return args.router_aux_loss_coef
-    return (
-        float(getattr(base_causal_lm(policy).config.get_text_config(decoder=True), "router_aux_loss_coef", 0))
-        if able
-        else 0.0
-    )
+    given, base = args.router_aux_loss_coef, base_causal_lm(policy)
+    if not has_router_loss(policy):
+        if given:
+            raise ValueError(f"router_aux_loss_coef={given}: {type(base).__name__} has no load-balancing loss")
+        return 0.0
+    own = getattr(base.config.get_text_config(decoder=True), "router_aux_loss_coef", 0.0)
+    return float(own if given is None else given)

@@ -29,7 +29,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_16_BIT = 0.05
 
 
-class ReferenceError(ValueError):
+class ReferenceMismatchError(ValueError):
     """Cached log-probs are not those of the reference."""
 
 
@@ -70,6 +70,7 @@ def build_cache(
     state = PartialState()
     examples = _Chained(datasets)
     share = PreferenceSequences(_Strided(examples, state.process_index, state.num_processes))
+    progress = progress and state.is_local_main_process
     cache = ReferenceCache.build(cache_dir, reference, share, batch_tokens=batch_tokens, progress=progress)
     report = cache.report
     if report is not None:
@@ -77,6 +78,11 @@ def build_cache(
     if state.num_processes > 1:
         state.wait_for_everyone()
         cache.reload()
+        if cache.missing(PreferenceSequences(examples)):
+            raise ValueError(
+                f"cache_dir {cache_dir} does not hold what the other processes computed: it must be on a filesystem "
+                "that all of them share"
+            )
     return cache
 
 
@@ -116,7 +122,7 @@ def _list_column(values: Sequence[np.ndarray]) -> Any:
 def check_cached(
     cache: ReferenceCache, reference: ReferenceModel, dataset: Dataset, autocast: torch.dtype | None
 ) -> None:
-    """Recompute a few log-probs; ReferenceError if the cached ones differ. A cache just filled is not checked."""
+    """Recompute a few log-probs; ReferenceMismatchError if the cached ones differ. Nothing cached, nothing to do."""
     if cache.report is not None and not cache.report.cached:
         return
     examples = dataset.select(sample_indices(len(dataset)))
@@ -132,16 +138,17 @@ def check_cached(
 def compare_logps(
     fresh: Sequence[np.ndarray], cached: Sequence[np.ndarray], dtype: torch.dtype, whose: str, examples: Dataset
 ) -> float:
-    """Largest mean difference per token of a sequence, in nats; ReferenceError names the pair where it is too large.
+    """Largest mean difference per token of a sequence, in nats.
 
-    fresh, cached: per-token log-probs, chosen and rejected interleaved. dtype: that of the computation.
+    fresh, cached: per-token log-probs, chosen and rejected interleaved. dtype: that of the computation. Raises
+    ReferenceMismatchError, naming the pair, where the difference is larger than rounding makes it.
     """
     differences = [float(np.abs(a - b).mean()) for a, b in zip(fresh, cached, strict=True)]
     worst = int(np.argmax(differences))
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
     if not differences[worst] <= tolerance:  # nan too
         row = f" (row {examples['row'][worst // 2]} of the data set)" if "row" in examples.column_names else ""
-        raise ReferenceError(
+        raise ReferenceMismatchError(
             f"the cached reference log-probs of the {('chosen', 'rejected')[worst % 2]} response of pair "
             f"{worst // 2}{row} are {differences[worst]:.2e} nats a token away from those of {whose}; accepted are "
             f"{tolerance:g} in {dtype}. The cache was damaged or belongs to another model: name another cache_dir"

@@ -16,7 +16,7 @@ from fastalign.losses import dpo_loss
 from fastalign.models import Head
 from fastalign.ops import linear_logps
 from fastalign.trainers.batches import Batch, num_pairs
-from fastalign.trainers.reference import ReferenceError, compare_logps
+from fastalign.trainers.reference import ReferenceMismatchError, compare_logps
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def check_start(
     """Compare a policy with its own cached log-probs on a few pairs; returns the loss on them (log 2 for "sigmoid").
 
     model: fused, not wrapped. batch: collated examples. dtype: that of the computation. loss_fn(model, batch): the
-    training loss. options: beta, loss_type, label_smoothing, length_alpha. Raises ReferenceError where log-probs or
-    loss differ.
+    training loss. options: beta, loss_type, label_smoothing, length_alpha. Raises ReferenceMismatchError where
+    log-probs or loss differ.
     """
     rows = torch.from_numpy(batch["rows"])
 
@@ -53,7 +53,7 @@ def check_start(
     expected = loss_at_reference(batch, options)
     tolerance = (0.01 if dtype == torch.float32 else 0.1) * max(1.0, 10 * options["beta"]) * max(1.0, abs(expected))
     if not abs(loss - expected) <= tolerance:
-        raise ReferenceError(
+        raise ReferenceMismatchError(
             f"before training the loss on {pairs} pairs is {loss:.6f}, and with the policy as its own reference it "
             f"must be {expected:.6f} (within {tolerance:g})"
         )

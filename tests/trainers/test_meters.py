@@ -54,6 +54,16 @@ def test_batches_with_other_names_are_merged():
     assert meter.values()[0] == {}
 
 
+def test_an_undefined_correlation_is_left_out_and_nan_is_not():
+    logps, lengths = metrics(np.random.default_rng(3), 5)
+    meter = Meter()
+    meter.update(of(logps, [lengths[0], lengths[0]]))  # no difference of lengths to correlate with
+    values, _ = meter.values()
+    assert "length/margin_correlation" not in values
+    meter.update({"loss": Metric(torch.tensor(float("nan")), torch.tensor(1.0))})
+    assert math.isnan(meter.values()[0]["loss"])
+
+
 def test_sums_do_not_round_in_float32():
     meter = Meter()
     for _ in range(300):

@@ -87,6 +87,9 @@ def test_a_folder_with_an_adapter_is_its_base_and_the_adapter(kit):
     trainer = kit.trainer(str(kit.folder / "sft"), kit.pairs(4), max_steps=1)
     in_memory = kit.trainer(sft, kit.pairs(4))
     assert trainer.reference_cache.reference == in_memory.reference_cache.reference
+    kit.tokenizer.save_pretrained(base)
+    unnamed = DPOTrainer(str(kit.folder / "sft"), args=kit.config(), train_dataset=kit.pairs(4))
+    assert unnamed.processing_class.vocab_size == kit.tokenizer.vocab_size
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == set(kit.weights(in_memory))
     trainer.train()
     with pytest.raises(ValueError, match="PeftModel already"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastalign.reference import PreferenceSequences, score
-from fastalign.trainers.reference import ReferenceError
+from fastalign.reference import PreferenceSequences, ReferenceModel, score
+from fastalign.trainers import reference as trainer_reference
+from fastalign.trainers.reference import ReferenceMismatchError
 
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
@@ -59,7 +60,7 @@ def test_no_reference_is_held_while_training(kit):
 def test_wrong_log_probs_of_a_separate_reference_are_noticed(kit, monkeypatch):
     trainer = kit.trainer(kit.model(), kit.pairs(5), ref_model=kit.model(seed=7))
     monkeypatch.setattr(type(trainer.reference_cache), "lookup", kit.tampered(trainer))
-    with pytest.raises(ReferenceError, match="another cache_dir"):
+    with pytest.raises(ReferenceMismatchError, match="another cache_dir"):
         kit.trainer(kit.model(), kit.pairs(5), ref_model=kit.model(seed=7))
 
 
@@ -81,3 +82,35 @@ def test_an_sft_adapter_is_part_of_its_reference(kit):
     assert not np.allclose(expected, base, rtol=1e-3)
     assert trainer.check_start() == pytest.approx(math.log(2), abs=1e-5)
     trainer.train()
+
+
+def test_processes_share_the_work_through_the_folder(kit, monkeypatch):
+    """Each of two processes scores half of the pairs; a folder that only one of them sees is refused."""
+    model, pairs = kit.model(), kit.pairs(5)
+    waiting = []
+
+    class Process:
+        num_processes, process_index, is_local_main_process = 2, 0, True
+
+        def wait_for_everyone(self):
+            waiting.append(self.process_index)
+
+    def build(index):
+        Process.process_index = index
+        monkeypatch.setattr(trainer_reference, "PartialState", Process)
+        own = ReferenceModel.from_model(model)
+        return trainer_reference.build_cache(str(kit.folder / "cache"), own, [pairs], batch_tokens=512, progress=False)
+
+    with pytest.raises(ValueError, match="share"):
+        build(0)
+    cache = build(1)
+    assert cache.report.computed == 4  # pairs 1 and 3
+    assert waiting == [0, 1]
+    assert len(cache) == 10
+
+
+def test_lengths_are_read_from_the_table(kit):
+    pairs = kit.pairs(7)
+    expected = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+    assert trainer_reference.pair_lengths(pairs).tolist() == expected
+    assert trainer_reference.pair_lengths(pairs.select([4, 1])).tolist() == [expected[4], expected[1]]

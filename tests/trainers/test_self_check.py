@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastalign.trainers.reference import ReferenceError
+from fastalign.trainers.reference import ReferenceMismatchError
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm"])
@@ -31,5 +31,5 @@ def test_wrong_log_probs_are_noticed_before_training(kit, monkeypatch):
     trainer = kit.trainer(kit.model(), kit.pairs(5))
     monkeypatch.setattr(type(trainer.reference_cache), "lookup", kit.tampered(trainer))
     second = kit.trainer(kit.model(), kit.pairs(5))
-    with pytest.raises(ReferenceError, match=r"pair \d \(row \d of the data set\)"):
+    with pytest.raises(ReferenceMismatchError, match=r"pair \d \(row \d of the data set\)"):
         second.train()

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C  # type: ignore[attr-defined]
 
 
 def why_unavailable() -> str | None:

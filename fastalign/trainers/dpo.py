@@ -217,7 +217,8 @@ class DPOTrainer(PairTrainer):
     def check_start(self) -> float | None:
         """Compare a policy that is its own reference with the cached log-probs of a few pairs; train() does so first.
 
-        Raises ReferenceMismatchError where they differ. Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent.
+        Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent. Raises
+        ReferenceMismatchError where log-probs or loss are not the cached ones.
         """
         if not self._starts_at_reference or self.train_dataset is None:
             return None

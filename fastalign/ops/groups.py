@@ -60,10 +60,11 @@ class Layout:
         cls, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, groups: Tensor | Sequence[int] | str | None,
         rows: Tensor | None, ignore_index: int, V: int, inputs: Mapping[str, Tensor],
     ) -> Layout:  # fmt: skip
-        if rows is None:  # the one synchronisation of a call without rows
-            rows = torch.from_numpy(np.flatnonzero((targets.reshape(-1) != ignore_index).cpu().numpy()))
+        # the one synchronisation of a call whose rows are not on the host already
+        host = (targets.reshape(-1) != ignore_index if rows is None else rows).cpu()
+        rows = host.nonzero()[:, 0] if rows is None else host
         scored_rows(targets.reshape(-1), rows, ignore_index, V)  # in range
-        row_numbers = rows.cpu().numpy()
+        row_numbers = rows.numpy()
         if len(row_numbers) > 1 and not (np.diff(row_numbers) > 0).all():
             raise ValueError("rows must ascend, without repeats, for a loss over sequences")
         by_token = isinstance(groups, str)

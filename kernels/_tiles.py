@@ -12,8 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-SHARED_MEMORY_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes of shared memory (LDS) one program may use, by architecture: 163, 99, 227, 227 and 64 KiB."""
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_103": 232_448,
+    "gfx942": 65_536,
+}
+"""Bytes of shared memory (LDS) one program may use, by architecture: 163, 99, 227, 227, 227 and 64 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +69,10 @@ class FusedTiles:
 
 
 def fused_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True) -> FusedTiles:
-    """Tiles of the fused forward for an architecture ("sm_90", "gfx942"), the dtype of hidden and weight, and their
-    alignment.
+    """Tiles of the fused forward for an architecture ("sm_90", "gfx942") and the dtype and alignment of its operands.
 
-    16-bit on sm_80, sm_90 and sm_100: the largest tile whose accumulator fits the register file (tensor memory on
-    sm_100), as deep a pipeline as shared memory holds. Every other architecture gets tiles that fit 64 KiB. Rows that
+    16-bit on sm_80, sm_90 and sm_10x: the largest tile whose accumulator fits the register file (tensor memory on
+    sm_10x), as deep a pipeline as shared memory holds. Every other architecture gets tiles that fit 64 KiB. Rows that
     are not aligned to 16 bytes go through registers on their way to shared memory, which leaves room for smaller
     tiles only. float32 runs on the ordinary FMA units (IEEE products, no TF32).
 
@@ -84,7 +90,7 @@ def fused_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True) -> Fused
         return FusedTiles(128, 128, 16, num_warps=8, num_stages=2)
     if amd:
         return FusedTiles(128, 128, 64, num_warps=8, num_stages=2)
-    if arch in ("sm_90", "sm_100"):
+    if arch in ("sm_90", "sm_100", "sm_103"):
         return FusedTiles(128, 256, 64, num_warps=8, num_stages=4, parts=4)
     if arch == "sm_80":
         return FusedTiles(128, 128, 64, num_warps=8, num_stages=3, parts=2)

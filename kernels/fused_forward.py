@@ -1,5 +1,4 @@
-"""The head's forward in one Triton kernel: hidden @ weightᵀ in GEMM tiles, reduced on the fly. No logits reach
-memory.
+"""The head's forward in one kernel: hidden @ weightᵀ in GEMM tiles, reduced as they come. No logits reach memory.
 
 For each scored row the kernel produces the running state of `fastalign.ops.rows` over the whole vocabulary: max z, Σ
 exp(z − max), z_y and, where asked for, the sums behind the entropy, Σ p², the mean logit, and the first argmax.
@@ -13,18 +12,18 @@ Work for N rows, hidden size H, vocabulary V, 16-bit inputs; in brackets N, H, V
               under the matrix work; a logits tile in memory would add 2 × 4 B a logit (8.6 GB)
     memory    12 B · N · ⌈V/split_v⌉ of partial results (6.3 MB); 24 B with entropy, Σ p² or mean z, + 4 B with top-1
 
-So the floor is the GEMM. Few rows cost the reading of the weight (0.25 ms), whatever block_n is.
+So the floor is the GEMM. With up to block_n rows it is the reading of the weight (0.25 ms), which ⌈V/split_v⌉
+programs, 64 here, are too few to reach: tiles that looked at N would give a row different bits in different company.
 
 A program owns block_n rows and one split of the vocabulary and walks the split tile by tile. A second kernel merges
-the splits in ascending order. Tile sizes depend on architecture and dtype alone, so a row's result depends neither on
-how many rows there are nor on which: the kernel is deterministic and batch-invariant. Rows and columns past the end
-read the last one instead of being masked in the main loop; such rows are not stored, such columns become −inf before
-anything is reduced. Loads are plain pointer loads (no TMA descriptors), hence any strides and any architecture; H not
-a multiple of block_h costs a mask, and rows that are not 16-byte aligned cost the asynchronous copies. Both dot
-operands come from memory, never from a transposed or converted accumulator.
+the splits in ascending order. Tile sizes depend on architecture, dtype and alignment alone, so a row's result depends
+neither on how many rows there are nor on which: the kernel is deterministic and batch-invariant. Rows and columns
+past the end read the last one instead of being masked in the main loop; such rows are not stored, such columns become
+−inf before anything is reduced. Loads are plain pointer loads (no TMA descriptors), hence any strides and any
+architecture; H not a multiple of block_h costs a mask, and rows that are not 16-byte aligned cost the asynchronous
+copies. Both dot operands come from memory, never from a transposed or converted accumulator.
 
-CPU tensors run through Triton's interpreter, whose dot would multiply the bit patterns of bfloat16: WIDEN makes them
-float32 first.
+Triton's interpreter would multiply the bit patterns of bfloat16: there, and only there, WIDEN makes them float32 first.
 """
 
 import torch
@@ -236,14 +235,14 @@ def fused_logps_fwd(
     num_splits = triton.cdiv(vocab, tiles.split_v)
     partial_values = torch.empty(num_splits, state_rows, n, dtype=torch.float32, device=hidden.device)
     partial_argmax = torch.empty(num_splits, n, dtype=torch.int32, device=hidden.device) if top1 else None
+    interpreted = not isinstance(_fused_forward_kernel, triton.JITFunction)
     with torch.cuda.device_of(hidden):
         _fused_forward_kernel[(triton.cdiv(n, tiles.block_n) * num_splits,)](
             hidden, weight, bias, targets.contiguous(), None if rows is None else rows.contiguous(),
             partial_values, partial_argmax,
             n, hidden_size, vocab, hidden.stride(0), hidden.stride(1), weight.stride(0), weight.stride(1),
             0 if bias is None else bias.stride(0), float(in_scale), float(out_scale),
-            SOFTCAP=softcap, EVEN_H=hidden_size % tiles.block_h == 0, WIDEN=hidden.device.type == "cpu",
-            **flags, **sizes, **options,
+            SOFTCAP=softcap, EVEN_H=hidden_size % tiles.block_h == 0, WIDEN=interpreted, **flags, **sizes, **options,
         )  # fmt: skip
         _merge_splits_kernel[(triton.cdiv(n, MERGE_BLOCK),)](
             partial_values, partial_argmax, values, argmax if top1 else None, n, num_splits,

@@ -66,7 +66,7 @@ def _row_stats_kernel(
     for start in range(0, v, BLOCK):
         cols = start + lanes
         here = cols < v
-        u = tl.load(tile_ptrs[:, None] + cols.to(tl.int64) * stride_tv, mask=here, other=0.0)
+        u = tl.load(tile_ptrs[:, None] + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def _row_stats_kernel(
     # The same operations on the same float32 give the same z_y as in the loop above, so z_y ≤ max.
     y = tl.load(targets_ptr + row) - v0
     inside = (y >= 0) & (y < v)
-    u_y = tl.load(tile_ptrs + y * stride_tv, mask=inside, other=0.0)
+    u_y = tl.load(tile_ptrs + y * stride_tv, mask=inside, other=0.0).to(tl.float32)
     bias_y = None
     if bias_ptr is not None:
         bias_y = tl.load(bias_ptr + y * stride_b, mask=inside, other=0.0).to(tl.float32)
@@ -108,6 +108,7 @@ def _row_grad_kernel(
     out_ptr += row * stride_on
     lanes = tl.arange(0, BLOCK)
     y = tl.load(targets_ptr + row) - v0
+    y = tl.where((y >= 0) & (y < v), y, -1).to(tl.int32)  # comparing every column with 64 bits would cost twice
     log_sum = tl.load(log_sum_ptr + row)
     base = tl.load(base_ptr + row)
     target_coef = tl.load(target_coef_ptr + row)
@@ -168,7 +169,7 @@ def _row_exp_kernel(
     for start in range(0, v, BLOCK):
         cols = start + lanes
         here = cols < v
-        u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0)
+        u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
@@ -240,12 +241,10 @@ def row_grad_bwd(
     tile's own dtype and strides needs no barrier: each thread overwrites the very element it has read.
 
     Raises:
-        ValueError: `out` overlaps `tile` in another way, or exp_tile with softcap or an entropy coefficient.
+        ValueError: `out` overlaps `tile` in another way, or exp_tile with a bias, a softcap or an entropy coefficient.
     """
-    if exp_tile and (softcap or entropy_coef is not None):
-        raise ValueError(
-            "a tile of exponentials has no softcap and no entropy coefficient; give the head outputs instead"
-        )
+    if exp_tile and (bias is not None or softcap or entropy_coef is not None):
+        raise ValueError("exp_tile takes no bias (the exponentials hold it), no softcap and no entropy_coef")
     n, v = tile.shape
     if n == 0 or v == 0:
         return

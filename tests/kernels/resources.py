@@ -178,8 +178,8 @@ def compile_case(case: Case, arch: str) -> Any:
             constants[name] = None
         elif name in UNIT_STRIDES:
             constants[name] = 1
-        elif name in ("in_scale", "out_scale"):
-            signature[name] = "fp32"
+        elif kernel.params[position].annotation_type:
+            signature[name] = kernel.params[position].annotation_type
         elif name not in constants:
             signature[name] = "i32"
             if case.aligned:

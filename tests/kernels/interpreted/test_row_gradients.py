@@ -62,6 +62,23 @@ def test_confident_targets_keep_their_gradient(dtype, make_tile, rounded, kit):
     assert torch.equal(picked, rounded(expected.float(), dtype))
 
 
+def test_softcap_is_accurate_at_both_ends(device):
+    """tanh of small numbers and 1 − tanh² of large ones, which 1 − 2/(exp(2x) + 1) and 1 − t² would cancel away."""
+    x = torch.logspace(-6, 1, 400, dtype=torch.float64)
+    x = torch.cat([-x.flip(0), torch.zeros(1, dtype=torch.float64), x]).float().to(device)
+    n = x.shape[0]
+    u, targets, one = x[:, None] * 50, torch.zeros(n, dtype=torch.int64, device=device), torch.ones(n, device=device)
+    scales = {"in_scale": 1 / 50, "out_scale": 50.0, "softcap": True}
+    state = R.RowState.start(n, R.RowSpec(), u.device)
+    row_kernels.row_stats_fwd(u, None, targets, 0, state.values, state.argmax, **scales)
+    slope = torch.empty_like(u)
+    row_kernels.row_grad_bwd(u, None, targets, 0, state.values[R.MAX], one, one, one, None, slope, **scales)
+    exact = (u[:, 0].double() * float(torch.tensor(1 / 50))).cpu()
+    for ours, expected in ((state.values[R.MAX] / 50, exact.tanh()), (slope[:, 0], 1 / exact.cosh() ** 2)):
+        error = (ours.double().cpu() - expected).abs()
+        assert (error <= 1e-6 * expected.abs()).all(), (error / expected.abs()).nan_to_num().max().item()
+
+
 @pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 31, 32, 33, 100])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("blocks")
@@ -109,6 +126,10 @@ def test_other_overlaps_are_refused(make_tile, kit):
             kit.row_grad(tile, bias[: tile.shape[1]], targets, 0, stats, coef, spec, out)
     with pytest.raises(ValueError, match="overlaps tile"):
         row_kernels.row_exp_fwd(u, None, stats.max, halves[:, 32:])
+    with pytest.raises(
+        ValueError, match="overlaps tile"
+    ):  # wider than the tile: it would overwrite what is still to be read
+        kit.row_grad(halves[:, :32], None, targets, 0, stats, coef, R.with_exponentials(spec), u)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
@@ -195,10 +216,11 @@ def test_gradient_from_exponentials(dtype, make_tile, assert_within_rule, rounde
     assert torch.equal(exponentials, rounded(ours, dtype))
 
 
-def test_exponentials_know_no_softcap_and_no_entropy(make_tile, kit):
+@pytest.mark.parametrize("extra", ["bias", "softcap", "entropy"])
+def test_exponentials_hold_all_but_the_coefficients(extra, make_tile, kit):
     u, bias, targets = make_tile(2, 10)
-    spec = R.with_exponentials(kit.spec_of())
-    _, _, stats, coef = kit.gradient_problem(u, bias, targets, kit.spec_of())
+    spec = R.with_exponentials(kit.spec_of(5.0 if extra == "softcap" else None))
+    _, _, stats, coef = kit.gradient_problem(u, bias, targets, kit.spec_of(), entropy=extra == "entropy")
     tile = torch.zeros(2, 10, dtype=torch.bfloat16, device=u.device)
-    with pytest.raises(ValueError, match="no softcap and no entropy"):
-        kit.row_grad(tile, None, targets, 0, stats, coef, spec, tile)
+    with pytest.raises(ValueError, match="exp_tile takes no bias"):
+        kit.row_grad(tile, bias if extra == "bias" else None, targets, 0, stats, coef, spec, tile)

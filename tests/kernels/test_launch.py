@@ -1,0 +1,116 @@
+"""Launches without a GPU: Triton's own path from a launcher's arguments to machine code, stopping before the device.
+
+The interpreter drops options it does not know and takes numbers as they come; this does not.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastalign.kernels import fused_forward, row_kernels
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+)
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+NO_DEVICE = -1  # its own entry in every kernel's cache of compiled code
+
+
+@pytest.fixture(params=TARGETS)
+def launches(request, monkeypatch):
+    """What is launched while a device of some architecture seems to be there: name, grid, and the compiled kernel."""
+    recorded = []
+    fake = SimpleNamespace(
+        get_current_device=lambda: NO_DEVICE,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGETS[request.param],
+    )
+
+    def compile_only(kernel, grid):
+        def launch(*args, **kwargs):
+            compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            recorded.append(SimpleNamespace(name=kernel.fn.__name__, grid=grid, compiled=compiled))
+
+        return launch
+
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    yield SimpleNamespace(arch=request.param, recorded=recorded)
+    for value in (*vars(row_kernels).values(), *vars(fused_forward).values()):
+        if isinstance(value, JITFunction):
+            value.device_caches.pop(NO_DEVICE, None)
+
+
+def vectors(n, count):
+    return torch.zeros(count, n).unbind()
+
+
+def scalars(launch):
+    """Types of the scalar arguments, as the launch was specialised."""
+    signature = launch.compiled.src.signature
+    return {name: signature[name] for name in ("in_scale", "out_scale")}
+
+
+def test_row_stats(launches):
+    tile, targets = torch.zeros(5, 8192)[:, :5000], torch.zeros(5, dtype=torch.int64)
+    argmax = torch.zeros(5, dtype=torch.int64)
+    flags = {"entropy": True, "top1": True, "sum_sq": True, "sum_z": True, "softcap": True}
+    row_kernels.row_stats_fwd(tile, torch.zeros(5000), targets, 64, torch.zeros(6, 5), argmax, in_scale=1, **flags)
+    (launch,) = launches.recorded
+    assert launch.grid == (5,)
+    assert scalars(launch) == {"in_scale": "fp32", "out_scale": "fp32"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_row_grad_over_its_tile(entropy, dtype, launches):
+    tile, targets = torch.zeros(3, 4096), torch.zeros(3, dtype=torch.int64)
+    row_max, log_sum, base, target, coef = vectors(3, 5)
+    out = tile.view(dtype)[:, :4096]
+    coef = coef if entropy else None
+    row_kernels.row_grad_bwd(tile, None, targets, 0, row_max, log_sum, base, target, coef, out)
+    (launch,) = launches.recorded
+    assert scalars(launch) == {"in_scale": "fp32", "out_scale": "fp32"}
+    code = launch.compiled.asm["ptx" if launches.arch == "sm_90" else "amdgcn"]
+    assert ("bar.sync" in code or "s_barrier" in code) == (dtype != torch.float32)
+    assert "v4.b32" in code or "dwordx4" in code, "16-byte accesses"
+
+
+def test_exponentials(launches):
+    tile, targets = torch.zeros(3, 100), torch.zeros(3, dtype=torch.int64)
+    row_max, log_sum, base, target = vectors(3, 4)
+    exponentials = torch.empty(3, 100, dtype=torch.float16)
+    row_kernels.row_exp_fwd(tile, torch.zeros(100, dtype=torch.float16), row_max, exponentials)
+    row_kernels.row_grad_bwd(
+        exponentials, None, targets, 0, row_max, log_sum, base, target, None, exponentials, exp_tile=True
+    )
+    assert [launch.name for launch in launches.recorded] == ["_row_exp_kernel", "_row_grad_kernel"]
+
+
+@pytest.mark.parametrize(("dtype", "hidden_size"), [(torch.bfloat16, 128), (torch.float16, 99), (torch.float32, 128)])
+def test_fused_forward(dtype, hidden_size, launches):
+    hidden, weight = torch.zeros(300, hidden_size, dtype=dtype), torch.zeros(5000, hidden_size, dtype=dtype)
+    targets, rows = torch.zeros(200, dtype=torch.int64), torch.arange(200)
+    fused_forward.fused_logps_fwd(
+        hidden, weight, weight[:, 0], targets, rows, 0.5, 1.0, False, True, True, arch=launches.arch
+    )
+    main, merge = launches.recorded
+    assert (main.name, merge.name) == ("_fused_forward_kernel", "_merge_splits_kernel")
+    row_blocks = 4 if dtype == torch.float32 else 2
+    assert main.grid == (row_blocks * 3,)
+    assert merge.grid == (2,)
+    assert scalars(main) == {"in_scale": "fp32", "out_scale": "fp32"}
+    if dtype != torch.float32:
+        assert "wgmma.mma_async" in main.compiled.asm.get("ptx", "") or "v_mfma" in main.compiled.asm.get("amdgcn", "")
+    if launches.arch == "sm_90" and hidden_size == 128 and dtype == torch.bfloat16:
+        assert "cp.async" in main.compiled.asm["ptx"], "aligned rows are copied to shared memory asynchronously"

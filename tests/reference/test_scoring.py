@@ -187,6 +187,8 @@ def test_the_references_adapter_beside_the_policys(tiny_model, naive_logps, sequ
     model.set_adapter("policy")
     randomise(model, "policy", 5)
     policy = naive_logps(model, sequences)
+    frozen = next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.get_parameter(frozen).requires_grad_(False)  # which PEFT would not do, nor undo
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert any(wanted.values())
     assert_close(score(model, sequences, adapter="default"), expected)

@@ -9,6 +9,7 @@ from fastalign.reference.shards import write_shard
 from fastalign.reference.store import Problem, Store, create_store, write_manifest
 
 KEYS = [bytes([i]) * 16 for i in range(6)]
+PAYLOAD = np.float32([-1.25, -2.5]).tobytes()
 
 
 @pytest.fixture
@@ -112,15 +113,17 @@ def test_a_damaged_format_file_is_named(root, flip_bit):
 
 def test_an_unlisted_shard_counts_if_it_is_sound(root, digest, flip_bit):
     path = root / "shards" / "copied-000000.safetensors"
-    write_shard(path, digest, KEYS[:1], [np.zeros(1, np.float32)])
+    write_shard(path, digest, KEYS[:1], [np.frombuffer(PAYLOAD, np.float32)])
     store = Store(root)
     assert "copied-000000" in names(store)
     assert list(store.unlisted) == [path.name]
     assert store.problems == []
-    flip_bit(path, 8 * (path.stat().st_size - 1))  # the last byte belongs to the keys, which the index checksum covers
-    store = Store(root)
-    assert "copied-000000" not in names(store)
-    assert [problem.file for problem in store.problems] == ["shards/copied-000000.safetensors"]
+    for where in (path.read_bytes().index(PAYLOAD), path.stat().st_size - 1):  # log-probs; keys, in the index
+        flip_bit(path, 8 * where)
+        damaged = Store(root)
+        assert "copied-000000" not in names(damaged)
+        assert [problem.file for problem in damaged.problems] == ["shards/copied-000000.safetensors"]
+        flip_bit(path, 8 * where)
 
 
 def test_a_missing_shard(root):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,15 @@ def test_neither_layout_nor_chunks_count(monkeypatch, chunk_bytes):
         "parameter": nn.Parameter(base),
     }
     assert {name for name, view in views.items() if tensor_digest(view) != expected} == set()
+
+
+def test_hashing_copies_nothing_that_lies_in_order(monkeypatch):
+    monkeypatch.setattr(weights, "_CHUNK_BYTES", 32)
+    tensor = torch.randn(5, 7)
+    chunks = [np.frombuffer(chunk, np.uint8) for chunk in weights._chunks(tensor)]
+    assert len(chunks) == 5
+    assert all(np.shares_memory(chunk, tensor.numpy()) for chunk in chunks)
+    assert max(chunk.nbytes for chunk in weights._chunks(tensor.T)) <= 32
 
 
 def test_empty_and_scalar_tensors():

@@ -40,7 +40,7 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
-    dirty = "+" if git("status", "--porcelain", "--", "..") else ""
+    dirty = "+" if git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results") else ""
     return git("rev-parse", "--short", "HEAD") + dirty
 
 

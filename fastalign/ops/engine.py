@@ -19,16 +19,25 @@ class Scored(NamedTuple):
     state: R.RowState
     kept: Tensor | None  # (≥ kept_rows, V): u in float32, or exponentials in 16 bits
     frozen: Tensor | None  # (n, H) float32: D
+    overlaid: Tensor | None = None  # (V, H): memory of the weight's gradient, with u of overlaid_rows rows in it
 
 
-def forward(tiles: Tiles) -> Scored:
-    """Score all rows of the plan; keep what its schedule keeps."""
+def forward(tiles: Tiles, overlay_dtype: torch.dtype | None = None) -> Scored:
+    """Score all rows of the plan; keep what its schedule keeps.
+
+    overlay_dtype: that of the weight's gradient while it is summed, for the overlaid schedule.
+    """
     plan, spec = tiles.plan, tiles.spec
     if plan.schedule == "forward" and tiles.backend.fused_forward and tiles.weight.dtype == tiles.hidden.dtype:
         state = tiles.backend.fused_forward(tiles.hidden, tiles.weight, tiles.bias, tiles.targets, tiles.rows, spec)
         return Scored(R.finish(state, spec), state, None, None)
     parts: list[R.RowState] = []
-    kept = frozen = None
+    kept = frozen = overlaid = None
+    if plan.schedule == "overlaid":
+        overlaid = tiles.weight.new_empty(tiles.weight.shape, dtype=overlay_dtype)
+        if plan.overlaid_rows:
+            first = tiles.block(0, plan.overlaid_rows)
+            parts.append(tiles.forward(first, tiles.overlay(overlaid, plan.overlaid_rows)))
     if plan.kept_rows:
         kept = _forward_kept(tiles, parts)
     if plan.schedule == "frozen":
@@ -42,9 +51,9 @@ def forward(tiles: Tiles) -> Scored:
             unit = R.coefficients(stats, torch.ones_like(stats.logps), None, None)
             tiles.backward(block, stats, unit, sinks, tile)
     else:
-        parts += [tiles.forward(block) for block in tiles.blocks(plan.kept_rows)]
+        parts += [tiles.forward(block) for block in tiles.blocks(max(plan.kept_rows, plan.overlaid_rows))]
     state = _join(parts, tiles)
-    return Scored(R.finish(state, spec), state, kept, frozen)
+    return Scored(R.finish(state, spec), state, kept, frozen, overlaid)
 
 
 def _forward_kept(tiles: Tiles, parts: list[R.RowState]) -> Tensor:
@@ -73,10 +82,19 @@ def _join(parts: list[R.RowState], tiles: Tiles) -> R.RowState:
     return R.join(parts)
 
 
-def backward(tiles: Tiles, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, kept: Tensor | None = None) -> None:
-    """Gradients of all rows of the plan into the sinks; rows below plan.kept_rows come from `kept`."""
+def backward(
+    tiles: Tiles, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, kept: Tensor | None = None,
+    overlaid: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Gradients of all rows of the plan into the sinks. Logits of rows below plan.kept_rows come from `kept`, those of
+    rows below plan.overlaid_rows from `overlaid`, which may be sinks.weight itself."""
     plan = tiles.plan
     first = 0
+    if overlaid is not None and plan.overlaid_rows:
+        block = tiles.block(0, min(plan.rows, plan.n))
+        slabs = tiles.overlay(overlaid, plan.overlaid_rows)
+        tiles.backward(block, *R.cut(stats, coef, 0, block.stop), sinks, overlaid=slabs)
+        first = block.stop
     if kept is not None and plan.kept_rows:
         first = plan.kept_rows
         step = plan.transit_rows or first
@@ -127,16 +145,21 @@ def mean_logits(tiles: Tiles, state: R.RowState) -> Tensor:
     return (means + shift) * spec.in_scale
 
 
-def make_sinks(tiles: Tiles, needs: Sequence[bool], *, accumulate: bool = False) -> Sinks:
-    """Gradient buffers: in the result's dtype where it is written once (or is wide), else a wide accumulator."""
+def make_sinks(tiles: Tiles, needs: Sequence[bool], *, accumulate: bool = False, weight: Tensor | None = None) -> Sinks:
+    """Gradient buffers: in the result's dtype where it is written once (or is wide), else a wide accumulator.
+
+    weight: memory for the weight's gradient, if it is there already.
+    """
     N, V = tiles.hidden.shape[0], tiles.V
     whole = tiles.rows is None and not accumulate
-    hidden = weight = bias = None
+    hidden = bias = None
     if needs[0]:
         dtype = tiles.wide if accumulate else tiles.hidden.dtype
         new = tiles.hidden.new_empty if whole else tiles.hidden.new_zeros
         hidden = new((N, tiles.hidden.shape[1]), dtype=dtype)
-    if needs[1]:
+    if weight is not None and not tiles.plan.n:
+        weight.zero_()
+    if needs[1] and weight is None:
         one_tile = not accumulate and tiles.plan.n <= tiles.plan.rows and not 0 < tiles.plan.kept_rows < tiles.plan.n
         dtype = tiles.weight.dtype if one_tile else torch.promote_types(tiles.weight.dtype, torch.float32)
         weight = (tiles.weight.new_empty if tiles.plan.n else tiles.weight.new_zeros)(tiles.weight.shape, dtype=dtype)

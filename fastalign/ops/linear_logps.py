@@ -40,7 +40,9 @@ def linear_logps(
         rows: (n,) int64, flat indices of the tokens that count, known on the host (a collator has them). Without it the
             op finds them, which costs one device synchronisation where hidden is on a GPU.
         backend: "auto", "torch", "cpu" or "triton".
-        schedule: "auto", or "deferred", "cached", "frozen", "forward": fastalign.ops.schedule.
+        schedule: "auto", or "deferred", "overlaid", "cached", "frozen", "forward": fastalign.ops.schedule. "overlaid",
+            which "auto" prefers to "deferred", takes the weight gradient's memory at the forward already: with many
+            calls before one backward "deferred" is leaner.
         workspace_mb: MiB of working memory beside inputs and gradients; default {"cpu": 128, "cuda": 1024}, of which
             rows kept from forward to backward take no more than a quarter of what the logits would.
     Returns:
@@ -57,12 +59,13 @@ def linear_logps(
     shape = targets.shape
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     needs = needed_gradients(flat_hidden, weight, bias)
-    name, kept_rows, workspace = _schedule(
+    name, kept_rows, workspace, overlay_dtype = _schedule(
         flat_hidden, weight, rows, needs, schedule, workspace_bytes(workspace_mb), spec
     )
     out = torch.ops.fastalign.linear_logps(
         flat_hidden, weight, bias, flat_targets, rows, spec.in_scale, spec.out_scale, spec.softcap, ignore_index,
         [entropy, top1, log_sum_sq_probs, mean_logits], list(needs), backend, name, kept_rows, workspace,
+        overlay_dtype,
     )  # fmt: skip
     logps, lse, ent, is_top1, log_sum_sq, mean = (
         t.view(shape) if t.numel() or not shape.numel() else None for t in out[:6]
@@ -109,10 +112,13 @@ def _schedule(
     schedule: str,
     workspace: int | None,
     spec: R.RowSpec,
-) -> tuple[str, int, int]:
-    """(schedule, rows kept for the backward, budget in bytes), decided where sizes are plain integers."""
+) -> tuple[str, int, int, torch.dtype | None]:
+    """Decided where sizes are plain integers: (schedule, rows kept for the backward, budget in bytes, dtype in which an
+    overlaid gradient is summed)."""
     if schedule == "streamed":
         choose(needs, None, schedule)
+    if schedule == "overlaid" and torch.compiler.is_compiling():
+        raise ValueError("schedule='overlaid' cannot be compiled: a graph would copy what it overwrites; take 'auto'")
     if torch.compiler.is_compiling() and schedule != "cached":
         # how much is kept depends on the row count, which must stay symbolic: compiled graphs keep nothing unless
         # asked to
@@ -120,8 +126,13 @@ def _schedule(
             choose(needs, None, schedule)[0],
             0,
             default_budget(hidden.device.type) if workspace is None else workspace,
+            None,
         )
     chosen = plan_for(
         hidden, weight, hidden.shape[0] if rows is None else rows.shape[0], needs, schedule, workspace, spec
     )
-    return chosen.schedule, chosen.kept_rows, chosen.budget_bytes
+    overlay_dtype = None
+    if chosen.schedule == "overlaid":
+        several = chosen.n > chosen.rows
+        overlay_dtype = torch.promote_types(weight.dtype, torch.float32) if several else weight.dtype
+    return chosen.schedule, chosen.kept_rows, chosen.budget_bytes, overlay_dtype

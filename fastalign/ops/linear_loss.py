@@ -4,7 +4,7 @@ A loss L = Σ_g ℓ_g / D whose denominator D does not depend on the log-probs g
 soon as that group is scored. So whole groups are taken in chunks that fit the workspace: logits tile → log-probs → the
 loss function → its gradient by autograd on the chunk's log-probs → gradient over the tile in place → the two gradient
 GEMMs. A group too large for the workspace runs deferred inside itself: its logits are computed twice, but for its last
-tile.
+tile and, in the first chunk, what the memory of the weight's gradient holds.
 
 A Python function cannot enter a custom op, so this is a `torch.autograd.Function` behind one graph break under
 torch.compile.
@@ -64,7 +64,7 @@ def linear_loss(
         metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
             inputs.
         top1, mean_logits: further outputs for metrics_fn.
-        schedule: "auto" and "streamed" stream; "deferred", "cached" and "frozen" score everything first and let
+        schedule: "auto" and "streamed" stream; "deferred", "overlaid", "cached" and "frozen" score all rows first and let
             autograd apply loss_fn to all groups at once.
     Returns:
         LossOutput(loss, metrics): 0-dim float32. An empty batch gives 0, attached to the graph.
@@ -159,9 +159,16 @@ class _Job:
         index = torch.from_numpy(self.layout.row_numbers[chunk.positions]).to(tiles.device, non_blocking=True)
         step = tiles.plan.rows
         starts = range(0, max(len(chunk.positions), 1), step)
-        # all blocks but the last are scored in scratch and computed again; the last one's tile is still there
-        parts = []
-        for start in starts:
+        # Blocks are scored in scratch and computed again, but for the last one, whose tile is still there, and rows of
+        # the very first, which wait in the memory of the weight's gradient.
+        parts, overlaid = [], None
+        if len(starts) > 1 and sinks.first and sinks.weight is not None and tiles.plan.overlaid_rows:
+            rows = tiles.plan.overlaid_rows
+            overlaid = tiles.overlay(sinks.weight, rows)
+            parts.append(tiles.forward(tiles.block(0, rows, index[:rows]), overlaid))
+            if rows < step:
+                parts.append(tiles.forward(tiles.block(rows, step, index[rows:step])))
+        for start in starts[1 if overlaid else 0 :]:
             block = tiles.block(start, min(start + step, len(chunk.positions)), index[start : start + step])
             tile = tiles.new_tile(block.n, tiles.V, "tile") if start == starts[-1] else None
             parts.append(tiles.forward(block, tile))
@@ -169,8 +176,12 @@ class _Job:
         states.append(state)
         stats = R.finish(state, self.spec)
         loss, coef = self._coefficients(chunk, stats)
+        if overlaid is not None:
+            first = tiles.block(0, step, index[:step])
+            tiles.backward(first, *R.cut(stats, coef, 0, step), sinks, overlaid=overlaid, scratch="scratch")
+            block = tiles.block(block.start, block.stop, index[block.start : block.stop])
         tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks, tile)
-        for start in starts[:-1]:
+        for start in starts[1 if overlaid else 0 : -1]:
             block = tiles.block(start, start + step, index[start : start + step])
             tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks)
         return loss

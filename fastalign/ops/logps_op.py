@@ -22,6 +22,7 @@ from fastalign.ops.tiles import Tiles
 def plan_for(
     hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int | None, spec: R.RowSpec
 ) -> Plan:
+    """The plan of a call on these tensors."""
     device_type = hidden.device.type if hidden.device.type in DEFAULT_WORKSPACE_MB else "cuda"
     return plan(
         n, weight.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=device_type,
@@ -35,9 +36,11 @@ def _linear_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
     out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
     str,
-    kept_rows: int, workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits; stats, found rows, count, kept, frozen)"""
+    kept_rows: int, workspace: int, overlay_dtype: torch.dtype | None,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits; stats, rows, count, kept, frozen, overlaid)"""
     tiles, found = _bind(
         hidden,
         weight,
@@ -55,7 +58,7 @@ def _linear_logps(
         workspace,
     )
     n, N = tiles.plan.n, targets.shape[0]
-    scored = engine.forward(tiles)
+    scored = engine.forward(tiles, overlay_dtype)
     tiles.release()
     stats, spec = scored.stats, tiles.spec
 
@@ -92,6 +95,7 @@ def _linear_logps(
     return (
         spread(stats.logps), spread(stats.lse), spread(stats.entropy), top1_out, spread(log_sum_sq), spread(mean),
         saved, found_out, torch.tensor(n), kept, frozen,
+        weight.new_empty(0) if scored.overlaid is None else scored.overlaid,
     )  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def _bind(
     indices, n = known if known is not None else scored_rows(targets, rows, ignore_index, weight.shape[0])
     upper = targets.shape[0] if rows is None else n
     bound = plan_for(hidden, weight, upper, needs, schedule, workspace, spec)
-    bound = replace(bound, n=n, kept_rows=min(bound.kept_rows, n))
+    bound = replace(bound, n=n, kept_rows=min(bound.kept_rows, n), overlaid_rows=min(bound.overlaid_rows, n))
     tiles = Tiles(hidden, weight, bias, targets, indices, spec, bound, backends.resolve(backend, hidden))
     return tiles, indices if rows is None else None
 
@@ -118,7 +122,7 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, in_scale: float,
     out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool], backend: str, schedule:
     str,
-    kept_rows: int, workspace: int,
+    kept_rows: int, workspace: int, overlay_dtype: torch.dtype | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     N = targets.shape[0]
@@ -138,18 +142,20 @@ def _(
         else 0),
         torch.empty((), dtype=torch.int64, device="cpu"), hidden.new_empty(kept_shape), hidden.new_empty(frozen_shape,
         dtype=wide),
+        weight.new_empty(0) if overlay_dtype is None else weight.new_empty(weight.shape, dtype=overlay_dtype),
     )  # fmt: skip
 
 
-@torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=())
+@torch.library.custom_op("fastalign::linear_logps_backward", mutates_args=("overlaid",))
 def _linear_logps_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, stats: Tensor, found:
     Tensor,
-    count: Tensor, kept: Tensor, frozen: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
+    count: Tensor, kept: Tensor, frozen: Tensor, overlaid: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
     grad_entropy: Tensor | None, in_scale: float, out_scale: float, softcap: bool, flags: list[bool], planned:
     list[bool],
     needs: list[bool], backend: str, schedule: str, workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(hidden, weight, bias) gradients, empty where not needed; with `overlaid` weight's is left in there instead."""
     n = int(count)
     indices = found[:n] if rows is None and n < targets.shape[0] else rows
     if indices is not None:
@@ -176,10 +182,13 @@ def _linear_logps_backward(
     if schedule == "frozen":  # D does not carry the entropy's gradient: compute the logits again
         tiles.plan = plan_for(hidden, weight, n, needs, "deferred", workspace, tiles.spec)
     coef = R.coefficients(row_stats, a, c, e)
-    sinks = engine.make_sinks(tiles, needs)
+    reuse = overlaid if overlaid.numel() else None
+    sinks = engine.make_sinks(tiles, needs, weight=reuse)
     kept_tile = (kept.t() if tiles.vocab_major else kept) if kept.numel() else None
-    engine.backward(tiles, row_stats, coef, sinks, kept_tile)
+    engine.backward(tiles, row_stats, coef, sinks, kept_tile, reuse)
     tiles.release()
+    if reuse is not None:
+        sinks.weight = None
     grads = engine.finish_sinks(tiles, sinks)
     return tuple(empty if grad is None else grad for grad, empty in zip(grads, absent, strict=True))  # type: ignore[return-value]
 
@@ -188,14 +197,14 @@ def _linear_logps_backward(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, stats: Tensor, found:
     Tensor,
-    count: Tensor, kept: Tensor, frozen: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
+    count: Tensor, kept: Tensor, frozen: Tensor, overlaid: Tensor, grad_logps: Tensor | None, grad_lse: Tensor | None,
     grad_entropy: Tensor | None, in_scale: float, out_scale: float, softcap: bool, flags: list[bool], planned:
     list[bool],
     needs: list[bool], backend: str, schedule: str, workspace: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
+        weight.new_empty(weight.shape if needs[1] and overlaid.dim() == 1 else (0,)),
         weight.new_empty(0) if bias is None else bias.new_empty(bias.shape if needs[2] else (0,)),
     )
 
@@ -217,29 +226,37 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         schedule,
         _,
         workspace,
+        _,
     ) = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3], output[4], output[5], *output[6:])
     ctx.save_for_backward(hidden, weight, bias, targets, rows, *output[6:])
     ctx.settings = (in_scale, out_scale, softcap, flags, needs)
     ctx.how = (backend, schedule, workspace)
+    ctx.overwritten = False
 
 
 def _backward(ctx, grad_logps, grad_lse, grad_entropy, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    nothing = (None,) * 12
+    nothing = (None,) * 13
     if not ctx.settings[3][0]:  # the absent entropy is an empty tensor, and so would be its gradient
         grad_entropy = None
     if not any(needs) or (grad_logps is None and grad_lse is None and grad_entropy is None):
         return (None, None, None, *nothing)
-    hidden, weight, bias, targets, rows, *saved = ctx.saved_tensors
+    hidden, weight, bias, targets, rows, *saved, overlaid = ctx.saved_tensors
     in_scale, out_scale, softcap, flags, planned = ctx.settings
+    # The overlaid memory leaves with the gradient, as a tensor of its own: so the saved one's version does not move and
+    # nobody sees two owners and copies it. Once overwritten (retain_graph), all logits are computed again.
+    overlaid = weight.new_empty(0) if overlaid.dim() == 1 or ctx.overwritten else overlaid.data
     grads = torch.ops.fastalign.linear_logps_backward(
-        hidden, weight, bias, targets, rows, *saved, grad_logps, grad_lse, grad_entropy, in_scale, out_scale, softcap,
-        flags,
-        planned, needs, *ctx.how,
+        hidden, weight, bias, targets, rows, *saved, overlaid, grad_logps, grad_lse, grad_entropy, in_scale, out_scale,
+        softcap, flags, planned, needs, *ctx.how,
     )  # fmt: skip
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing)
+    grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    if overlaid.dim() == 2:
+        ctx.overwritten = True
+        grads[1] = overlaid.to(weight.dtype)
+    return (*grads, *nothing)
 
 
 _linear_logps.register_autograd(_backward, setup_context=_setup_context)

@@ -4,6 +4,9 @@
     forward     never: no gradient is needed          1
     deferred    in backward, after any loss           2 + one per gradient (hidden, weight): the logits are computed
     twice
+    overlaid    as deferred, but the float32 logits of `overlaid_rows` rows wait for the backward in the memory that
+                      the weight's gradient is about to take: no more bytes at the peak, as few GEMMs as streamed
+                      where N ≤ H     between (1 + gradients) and (2 + gradients)
     cached      as deferred, but the logits (float32 inputs) or exp(z − max) (16-bit inputs) of `kept_rows` rows stay
                                                       between (1 + gradients) and (2 + gradients)
     frozen      in backward; only hidden needs one    2: the forward keeps D = Σ_v (onehot − p)_v ∂z_v/∂u_v W_v per row
@@ -25,7 +28,7 @@ import torch
 
 DEFAULT_WORKSPACE_MB = {"cpu": 128, "cuda": 1024}
 
-SCHEDULES = ("forward", "deferred", "cached", "frozen", "streamed")
+SCHEDULES = ("forward", "deferred", "overlaid", "cached", "frozen", "streamed")
 
 MIN_SLAB = 64
 ROW_ALIGN = 16  # GEMMs are markedly slower on row counts that are not a multiple of the vector width
@@ -45,6 +48,7 @@ class Plan:
     n: int
     rows: int
     slab: int
+    overlaid_rows: int  # of the first tile; streamed groups over the budget have them too
     kept_rows: int
     transit_rows: int  # rows per tile on the way to 16-bit exponentials; 0 where kept rows are the GEMM's own output
     gemms: float
@@ -125,7 +129,7 @@ def plan(
     n: int, H: int, V: int, *, dtype: torch.dtype = torch.float32, device_type: str = "cpu",
     needs: tuple[bool, bool, bool] = (True, True, False), group_rows: int | None = None,
     workspace_bytes: int | None = None, schedule: str = "auto", weight_dtype: torch.dtype | None = None,
-    num_tokens: int | None = None, cacheable: bool = True,
+    num_tokens: int | None = None, cacheable: bool = True, overlay: bool = True,
 ) -> Plan:  # fmt: skip
     """Choose the schedule for n scored rows.
 
@@ -141,6 +145,7 @@ def plan(
             a quarter of what the logits would take.
         schedule: "auto", or one of SCHEDULES to force it.
         cacheable: False where kept exponentials cannot serve (16-bit with softcap or entropy).
+        overlay: False where "auto" must not overlay, because outputs of the forward cannot change in place.
     Raises:
         ValueError: an unknown schedule, or one that cannot serve these needs.
     """
@@ -152,8 +157,10 @@ def plan(
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     name, reason = choose(needs, group_rows, schedule)
     costs = _costs(H, V, dtype, weight_dtype, device_type, needs[0])
-    gradients = (2 if name in ("deferred", "cached") else 1) + needs[0] + needs[1] if any(needs) else 1
+    gradients = (1 if name in ("frozen", "streamed") else 2) + needs[0] + needs[1] if any(needs) else 1
     keep = name in ("frozen", "streamed")
+    size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
+    overlaid = 0
 
     if keep:
         per_row = costs.per_row() + V * costs.tile
@@ -161,7 +168,13 @@ def plan(
         if costs.weight_copy:
             slab = min(slab, max(MIN_SLAB, budget // 4 // costs.weight_copy // MIN_SLAB * MIN_SLAB))
         room = max(budget - slab * costs.weight_copy, per_row * ROW_ALIGN)
-        rows = max(ROW_ALIGN, min(room // per_row, 512 if device_type == "cpu" else 8192) // ROW_ALIGN * ROW_ALIGN)
+        most = 512 if device_type == "cpu" else 8192
+        rows = max(ROW_ALIGN, min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN)
+        beside = per_row + slab * costs.tile  # a slab of scratch beside the tile
+        if needs[1] and group_rows is not None and group_rows > rows and room // beside >= ROW_ALIGN:
+            per_row = beside
+            rows = min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN
+            overlaid = _overlaid(n, rows, H * max(4, weight_size) // costs.tile)
         rows = min(rows, align(n)) if n else ROW_ALIGN
         workspace = rows * per_row + slab * costs.weight_copy
     else:
@@ -172,18 +185,30 @@ def plan(
         workspace = rows * costs.per_row() + slab * (costs.weight_copy + rows * costs.tile)
 
     kept_rows, kept_bytes, transit = 0, 0, 0
-    if name in ("deferred", "cached"):
+    if name in ("deferred", "cached", "overlaid"):
+        most = budget
         if workspace_bytes is None and schedule == "auto":
-            budget = max(1, min(budget, n * V * costs.tile // 4))
-        kept_rows, kept_bytes, transit = _kept(name, n, V, budget - workspace, costs, dtype, schedule, cacheable)
+            most = max(1, min(budget, n * V * costs.tile // 4))
+        kept_rows, kept_bytes, transit = _kept(n, V, most - workspace, costs, dtype, schedule, cacheable)
+        if schedule == "overlaid" or (schedule == "auto" and overlay and needs[1]):
+            sink = weight_size if n <= rows else max(4, weight_size)
+            overlaid = _overlaid(n, rows, H * sink // costs.tile)
+            if schedule == "overlaid" and not overlaid:
+                raise ValueError(f"schedule='overlaid' needs H ≥ {ROW_ALIGN * costs.tile // sink}, got H = {H}")
+        if overlaid and (schedule == "overlaid" or (overlaid >= kept_rows and overlaid * 20 >= n)):
+            name, kept_rows, kept_bytes, transit = "overlaid", 0, 0, 0
+            if schedule == "auto":
+                reason = f"{reason}; {overlaid} of {n} rows wait for it in the memory of the weight's gradient"
+        else:
+            overlaid = 0
         workspace += transit * V * costs.tile
         if schedule == "auto" and kept_rows:
             name, reason = "cached", f"{reason}; the budget keeps {kept_rows} of {n} rows for the backward"
-    gemms = float(gradients) - (kept_rows / n if n and kept_rows else 0.0)
+            budget = most
+    gemms = float(gradients) - (max(kept_rows, overlaid) / n if n and name != "streamed" else 0.0)
 
     tiles = -(-n // rows) if n else 0
     total = n if num_tokens is None else num_tokens
-    size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
     gradient_bytes = needs[0] * total * H * size + needs[1] * V * H * weight_size + needs[2] * V * weight_size
     accumulators = 0
     if name == "streamed" and size < 4:
@@ -199,6 +224,7 @@ def plan(
         n,
         int(rows),
         int(slab),
+        int(overlaid),
         int(kept_rows),
         int(transit),
         gemms,
@@ -224,6 +250,11 @@ def choose(needs: tuple[bool, bool, bool], group_rows: int | None, schedule: str
             raise ValueError(
                 "schedule='frozen' needs a weight and bias without gradient; detach them, or take 'deferred'"
             )
+        if schedule == "overlaid" and not needs[1]:
+            raise ValueError(
+                "schedule='overlaid' keeps logits in the memory of weight's gradient, but weight needs none; take "
+                "'deferred' or 'auto'"
+            )
         if schedule == "frozen" and not needs[0]:
             raise ValueError(
                 "schedule='frozen' prepares hidden's gradient, but hidden needs none; take 'forward' or 'auto'"
@@ -240,15 +271,20 @@ def choose(needs: tuple[bool, bool, bool], group_rows: int | None, schedule: str
     return "deferred", "the loss is known after the forward"
 
 
+def _overlaid(n: int, rows: int, per_column: int) -> int:
+    """Rows of the first tile whose logits fit the memory of the weight's gradient: `per_column` logits a column."""
+    return min(n, rows, per_column // ROW_ALIGN * ROW_ALIGN)
+
+
 def _kept(
-    name: str, n: int, V: int, room: int, costs: _Costs, dtype: torch.dtype, schedule: str, cacheable: bool
-) -> tuple[int, int, int]:  # fmt: skip
+    n: int, V: int, room: int, costs: _Costs, dtype: torch.dtype, schedule: str, cacheable: bool
+) -> tuple[int, int, int]:
     """(rows kept, their bytes, rows of the transit tile) for the cached schedule; zeros when it buys nothing."""
-    if schedule == "deferred" or n == 0:
+    if schedule not in ("auto", "cached") or n == 0:
         return 0, 0, 0
     half = dtype in (torch.bfloat16, torch.float16)
     if half and (not cacheable or dtype == torch.float16):
-        if name == "cached":
+        if schedule == "cached":
             raise ValueError(
                 "schedule='cached' cannot keep exponentials for float16 inputs, nor for 16-bit inputs with a "
                 "softcap or an "
@@ -260,7 +296,7 @@ def _kept(
     transit = max(ROW_ALIGN, min(256, room // 4 // (V * costs.tile)) // ROW_ALIGN * ROW_ALIGN) if half else 0
     kept = min((room - transit * V * costs.tile) // (V * element) // ROW_ALIGN * ROW_ALIGN, align(n))
     if kept < ROW_ALIGN or (schedule == "auto" and kept * 20 < n):
-        if name == "cached":
+        if schedule == "cached":
             raise ValueError(
                 f"schedule='cached' has {room} bytes left for kept rows, but {ROW_ALIGN} rows of V = {V} take "
                 f"{transit * V * costs.tile + ROW_ALIGN * V * element}; raise workspace_mb"

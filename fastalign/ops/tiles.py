@@ -107,6 +107,14 @@ class Tiles:
         tile = torch.empty(shape, dtype=dtype, device=self.device) if name is None else self._buffer(name, shape, dtype)
         return tile.t() if self.vocab_major else tile
 
+    def overlay(self, sink: Tensor, rows: int) -> list[Tensor]:
+        """Tiles (align(rows), slab) of `wide`, one per slab, each in the memory of its own columns of `sink` (V, H)."""
+        slabs, padded = [], align(rows)
+        for v0, v1 in self._slabs():
+            memory = sink[v0:v1].view(-1)[: padded * (v1 - v0) * self.wide.itemsize // sink.itemsize].view(self.wide)
+            slabs.append(memory.view(v1 - v0, padded).t() if self.vocab_major else memory.view(padded, v1 - v0))
+        return slabs
+
     def block(self, start: int, stop: int, index: Tensor | None = None) -> Block:
         """Gather rows start:stop of the scored rows (or those of `index`) into the workspace."""
         if index is None and self.rows is not None:
@@ -146,20 +154,26 @@ class Tiles:
 
     # ---- the two halves of a tile
 
-    def _logits(self, block: Block, weight: Tensor, out: Tensor) -> None:
+    def _logits(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
         if self.vocab_major:
-            torch.mm(weight, block.h.t(), out=out.t())
+            torch.mm(weight, h.t(), out=out.t())
         elif self.hidden.dtype == self.wide:
-            torch.mm(block.h, weight.t(), out=out)
+            torch.mm(h, weight.t(), out=out)
         else:
-            torch.mm(block.h, weight.t(), out_dtype=self.wide, out=out)
+            torch.mm(h, weight.t(), out_dtype=self.wide, out=out)
 
-    def forward(self, block: Block, keep: Tensor | None = None) -> R.RowState:
-        """Fold the whole vocabulary into the block's state. `keep` (align(n), V) receives u; else slabs are scratch."""
+    def forward(self, block: Block, keep: Tensor | list[Tensor] | None = None) -> R.RowState:
+        """Fold the whole vocabulary into the block's state.
+
+        keep: (align(n), V), or such a tile in pieces, one per slab, receives u; None: every slab is scratch.
+        """
         state = R.RowState.start(block.n, self.spec, self.device, self.wide)
-        for v0, v1 in self._slabs():
-            tile = self.new_tile(block.n, v1 - v0, "tile") if keep is None else keep[:, v0:v1]
-            self._logits(block, self._weight_slab(v0, v1), tile)
+        for i, (v0, v1) in enumerate(self._slabs()):
+            if keep is None:
+                tile = self.new_tile(block.n, v1 - v0, "tile")
+            else:
+                tile = keep[i] if isinstance(keep, list) else keep[:, v0:v1]
+            self._logits(block.h, self._weight_slab(v0, v1), tile)
             self.backend.row_stats(tile[: block.n], self._bias_slab(v0, v1), block.targets, v0, state, self.spec)
         return state
 
@@ -170,12 +184,14 @@ class Tiles:
 
     def backward(
         self, block: Block, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, tile: Tensor | None = None, *,
-        overwrite: bool = True, exponentials: bool = False,
+        overwrite: bool = True, exponentials: bool = False, overlaid: list[Tensor] | None = None, scratch: str = "tile",
     ) -> None:  # fmt: skip
         """Turn a tile into its gradient, slab by slab, and add it to the sinks.
 
         tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless
             `overwrite`, the tile is left as it is, for another backward.
+        overlaid: u of the block's first rows, slab by slab, in memory that the weight's gradient may take as soon as a
+            slab has been read; with it and without `tile` only the other rows' logits are computed again.
         """
         if sinks.hidden is None and sinks.weight is None and sinks.bias is None:
             return
@@ -185,18 +201,25 @@ class Tiles:
             coef, scale = R.rescale(coef)
         index = None if sinks.compact else block.index
         grad_rows = None if sinks.hidden is None else self._grad_rows(block, index, sinks.hidden)
-        for v0, v1 in self._slabs():
-            weight = self._weight_slab(v0, v1) if tile is None or grad_rows is not None else None
-            if tile is None:
-                u = self.new_tile(block.n, v1 - v0, "tile")
+        again = 0 if overlaid is None else min(overlaid[0].shape[0], align(block.n))  # first row to compute again
+        pieces = [
+            (part, block.targets[part], *R.cut(stats, coef, part.start, part.stop))
+            for part in (slice(0, min(again, block.n)), slice(again, block.n))
+            if part.start < part.stop
+        ]
+        for i, (v0, v1) in enumerate(self._slabs()):
+            recompute = tile is None and again < block.n
+            weight = self._weight_slab(v0, v1) if recompute or grad_rows is not None else None
+            u = self.new_tile(block.n, v1 - v0, scratch) if tile is None else tile[:, v0:v1]
+            if recompute:
                 assert weight is not None
-                self._logits(block, weight, u)
-            else:
-                u = tile[:, v0:v1]
+                self._logits(block.h[again:], weight, u[again:])
             grad = self._grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
-            self.backend.row_grad(
-                u[: block.n], self._bias_slab(v0, v1), block.targets, v0, stats, coef, spec, grad[: block.n]
-            )
+            for part, targets, part_stats, part_coef in pieces:
+                source = u if overlaid is None or part.start >= again else overlaid[i]
+                self.backend.row_grad(
+                    source[part], self._bias_slab(v0, v1), targets, v0, part_stats, part_coef, spec, grad[part]
+                )
             if sinks.bias is not None:
                 _add(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
             if sinks.weight is not None:

@@ -64,11 +64,11 @@ def test_every_output_and_gradient_is_within_the_rule(make_problem, within_rule,
 
 @pytest.mark.parametrize("workspace_mb", [0.02, 0.2, 16], ids=["tiny", "small", "ample"])
 @pytest.mark.parametrize("rows", [False, True], ids=["found", "given"])
-@pytest.mark.parametrize("schedule", ["deferred", "cached", "auto"])
+@pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "auto"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_schedules_agree(make_problem, within_rule, backend, schedule, rows, workspace_mb, dtype):
-    problem = make_problem(n=75, dtype=dtype)
+    problem = make_problem(n=75, H=40, dtype=dtype)
     given_rows = (problem.targets != -100).nonzero()[:, 0] if rows else None
     call = partial(
         linear_logps, problem.hidden, problem.weight, problem.targets, bias=problem.bias, rows=given_rows,
@@ -117,7 +117,7 @@ def test_needs_input_grad_of_the_backward_call(make_problem):
     torch.testing.assert_close(grad, again[0])
 
 
-@pytest.mark.parametrize("schedule", ["deferred", "cached", "frozen"])
+@pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "frozen"])
 def test_a_retained_graph_gives_the_same_gradient_twice(make_problem, schedule):
     needs = (True, schedule != "frozen", False)
     problem = make_problem(bias=False, needs=needs)
@@ -228,9 +228,74 @@ def test_opcheck(make_problem, needs, rows):
     schedule = "frozen" if needs == (True, False, False) else "deferred"
     args = (
         problem.hidden, problem.weight, problem.bias, problem.targets, given_rows, 1.0, 1.0, False, -100,
-        [True, True, True, True], list(needs), "torch", schedule, 0, 2**20,
+        [True, True, True, True], list(needs), "torch", schedule, 0, 2**20, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastalign.linear_logps, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_overlaid(make_problem, dtype):
+    problem = make_problem(n=24, H=32, dtype=dtype)
+    args = (
+        problem.hidden, problem.weight, problem.bias, problem.targets, None, 1.0, 1.0, False, -100,
+        [True, False, False, False], [True, True, True], "torch", "overlaid", 0, 2**20, torch.float32,
+    )  # fmt: skip
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled calls do not overlay
+    torch.library.opcheck(torch.ops.fastalign.linear_logps, args, test_utils=checks)
+
+
+OVERLAID = {  # n, H, workspace: which rows wait in the gradient's memory
+    "all": (40, 64, 16),
+    "some of one tile": (75, 32, 16),
+    "some of the first tile": (200, 32, 0.05),
+}
+
+
+@pytest.mark.parametrize("size", OVERLAID)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_in_the_memory_of_the_gradient(make_problem, within_rule, backend, dtype, head, size):
+    n, H, workspace_mb = OVERLAID[size]
+    problem = make_problem(n=n, H=H, V=403, dtype=dtype, ignored=0.1)
+    ours = linear_logps(
+        problem.hidden, problem.weight, problem.targets, bias=problem.bias, entropy=True, schedule="overlaid",
+        workspace_mb=workspace_mb, backend=backend, **HEADS[head],
+    )  # fmt: skip
+    exact_problem = problem.cast(torch.float64)
+    naive, exact = (
+        linear_logps_reference(p.hidden, p.weight, p.targets, bias=p.bias, **HEADS[head])
+        for p in (problem, exact_problem)
+    )
+    for mine, theirs, true in zip(
+        gradients(problem, ours), gradients(problem, naive), gradients(exact_problem, exact), strict=True
+    ):
+        assert mine.dtype == dtype
+        within_rule("gradient", mine, theirs, true, dtype)
+
+
+def test_an_overlaid_gradient_is_nobodys_copy(make_problem):
+    """The parameter's .grad is the very memory that held the logits."""
+    problem = make_problem(n=40, H=64)
+    out = linear_logps(problem.hidden, problem.weight, problem.targets, schedule="overlaid")
+    memory = out.logps.grad_fn.next_functions[0][0].saved_tensors[-1].data_ptr()
+    out.logps.sum().backward()
+    assert problem.weight.grad.data_ptr() == memory
+
+
+def test_an_overlay_needs_a_gradient_and_an_uncompiled_call(make_problem):
+    problem = make_problem(n=40, H=64, needs=(True, False, False))
+    with pytest.raises(ValueError, match="weight needs none"):
+        linear_logps(problem.hidden, problem.weight, problem.targets, schedule="overlaid")
+    with pytest.raises(ValueError, match="needs H ≥ 16, got H = 8"):
+        plan(100, 8, 1000, schedule="overlaid")
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden, weight, targets):
+        return linear_logps(hidden, weight, targets, schedule="overlaid").logps
+
+    with pytest.raises(Exception, match="cannot be compiled"):
+        compiled(problem.hidden, problem.weight.detach().requires_grad_(), problem.targets)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -39,7 +39,7 @@ def unfused(hidden, weight, bias, targets, scale):
 
 @settings(max_examples=40)
 @given(
-    P=st.integers(0, 5), T=st.integers(1, 9), H=st.integers(1, 12), V=st.integers(2, 90),
+    P=st.integers(0, 5), T=st.integers(1, 20), H=st.integers(1, 40), V=st.integers(2, 90),
     workspace_kb=st.integers(2, 300), ignored=st.sampled_from([0.0, 0.5, 1.0]), packed=st.booleans(),
     seed=st.integers(0, 9),
 )  # fmt: skip
@@ -61,11 +61,11 @@ def test_streamed_equals_unfused(P, T, H, V, workspace_kb, ignored, packed, seed
         torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("schedule", ["streamed", "deferred", "cached"])
+@pytest.mark.parametrize("schedule", ["streamed", "deferred", "overlaid", "cached"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backends_and_schedules(dtype, backend, schedule):
-    hidden, weight, bias, targets, scale = build(4, 13, 24, 300, dtype=dtype)
+    hidden, weight, bias, targets, scale = build(4, 13, 40, 300, dtype=dtype)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     expected = unfused(*exact, targets, scale.double())
     out = linear_loss(

@@ -28,6 +28,8 @@ MIB = 2**20
         ({"needs": (True, True, False), "group_rows": 64}, "streamed", 3),
         ({"needs": (True, False, False), "group_rows": 64}, "streamed", 2),
         ({"needs": (True, True, False), "workspace_bytes": 2**34}, "cached", 3),
+        ({"needs": (True, True, False), "overlay": False}, "cached", 4 - 208 / 1024),
+        ({"needs": (True, False, True)}, "cached", 3 - 208 / 1024),
     ],
 )
 def test_choice(arguments, schedule, gemms):
@@ -35,6 +37,15 @@ def test_choice(arguments, schedule, gemms):
     assert (chosen.schedule, chosen.gemms) == (schedule, gemms)
     assert schedule in str(chosen)
     assert chosen.reason
+
+
+def test_the_gradients_memory_is_preferred_to_the_workspace():
+    chosen = plan(1024, 512, 50257)
+    assert (chosen.schedule, chosen.gemms, chosen.overlaid_rows) == ("overlaid", 3.5, 512)
+    assert chosen.predicted_bytes == plan(1024, 512, 50257, schedule="deferred").predicted_bytes
+    assert plan(1024, 1024, 151936).gemms == 3
+    assert plan(1024, 512, 50257, workspace_bytes=2**34).gemms == 3
+    assert plan(4096, 4096, 128256, dtype=torch.bfloat16, device_type="cuda", schedule="overlaid").gemms == 3.5
 
 
 def test_what_is_kept_saves_that_share_of_a_gemm():
@@ -127,7 +138,7 @@ MEASURE = textwrap.dedent(
 @pytest.mark.parametrize("workspace_mb", [16, 48])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half ignored"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("schedule", ["deferred", "cached", "streamed", "frozen"])
+@pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "streamed", "frozen"])
 def test_peak_memory_stays_within_the_prediction(schedule, dtype, ignored, workspace_mb):
     """High-water mark of a fresh process, above what stood before the call; naive logits here take 201 MiB and more."""
     if not sys.platform.startswith("linux"):

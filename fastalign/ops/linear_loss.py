@@ -64,8 +64,8 @@ def linear_loss(
         metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
             inputs.
         top1, mean_logits: further outputs for metrics_fn.
-        schedule: "auto" and "streamed" stream; "deferred", "overlaid", "cached" and "frozen" score all rows first and let
-            autograd apply loss_fn to all groups at once.
+        schedule: "auto" and "streamed" stream; "deferred", "overlaid", "cached" and "frozen" score all rows first and
+            let autograd apply loss_fn to all groups at once.
     Returns:
         LossOutput(loss, metrics): 0-dim float32. An empty batch gives 0, attached to the graph.
     Raises:

@@ -92,10 +92,10 @@ def ours_logps(i: Inputs, schedule: str) -> Tensor:
     return linear_logps(i.hidden, i.weight, i.targets, schedule=schedule).logps
 
 
-def ours_loss(i: Inputs) -> Tensor:
+def ours_loss(i: Inputs, schedule: str) -> Tensor:
     from fastalign import linear_cross_entropy
 
-    return linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum").loss
+    return linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum", schedule=schedule).loss
 
 
 def torch_loss(i: Inputs) -> Tensor:
@@ -119,11 +119,11 @@ def naive_pairs(i: Inputs) -> Tensor:
     return dpo_loss(*logps.chunk(2), *i.ref_logps.chunk(2)).loss
 
 
-def ours_pairs(i: Inputs) -> Tensor:
+def ours_pairs(i: Inputs, schedule: str) -> Tensor:
     from fastalign import linear_dpo_loss
 
     hidden, targets = i.padded
-    return linear_dpo_loss(hidden, i.weight, targets, ref_logps=i.ref_logps).loss
+    return linear_dpo_loss(hidden, i.weight, targets, ref_logps=i.ref_logps, schedule=schedule).loss
 
 
 def liger_pairs(i: Inputs) -> Tensor:
@@ -151,11 +151,19 @@ PROVIDERS: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
     "loss": {
         "naive": naive_loss, "torch linear_cross_entropy": torch_loss, "liger": liger_loss,
         "cce": lambda i: cce(i, "sum"),
-        "fastalign streamed": ours_loss,
+        "fastalign streamed": lambda i: ours_loss(i, "streamed"),
+        "fastalign auto": lambda i: ours_loss(i, "auto"),
     },
-    "pairs": {"naive": naive_pairs, "liger": liger_pairs, "fastalign streamed": ours_pairs},
+    "pairs": {
+        "naive": naive_pairs, "liger": liger_pairs,
+        "fastalign streamed": lambda i: ours_pairs(i, "streamed"),
+        "fastalign auto": lambda i: ours_pairs(i, "auto"),
+    },
     "frozen": LOGPS | {"fastalign frozen": with_upstream(lambda i: ours_logps(i, "auto"))},
-    "half": {"fastalign deferred": with_upstream(lambda i: ours_logps(i, "deferred")), "fastalign streamed": ours_loss},
+    "half": {
+        "fastalign deferred": with_upstream(lambda i: ours_logps(i, "deferred")),
+        "fastalign streamed": lambda i: ours_loss(i, "streamed"),
+    },
 }  # fmt: skip
 PROVIDERS["pairs-large"] = PROVIDERS["pairs"]
 GEMMS = {"logps": 4, "loss": 3, "pairs": 3, "pairs-large": 4, "frozen": 2, "half": 3}

@@ -24,7 +24,7 @@ from fastalign.ops import rows as R
 from fastalign.ops.arguments import check_head, needed_gradients, row_spec, workspace_bytes
 from fastalign.ops.groups import Chunk, Layout
 from fastalign.ops.linear_logps import linear_logps
-from fastalign.ops.schedule import plan
+from fastalign.ops.schedule import Plan, plan
 from fastalign.ops.tiles import Sinks, Tiles
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
@@ -64,8 +64,8 @@ def linear_loss(
         metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
             inputs.
         top1, mean_logits: further outputs for metrics_fn.
-        schedule: "auto" and "streamed" stream; "deferred", "overlaid", "cached" and "frozen" score all rows first and
-            let autograd apply loss_fn to all groups at once.
+        schedule: "auto" streams, or overlays where all rows fit (fastalign.ops.schedule); "streamed"; "deferred",
+            "overlaid", "cached" and "frozen" score all rows first and let autograd apply loss_fn to all groups at once.
     Returns:
         LossOutput(loss, metrics): 0-dim float32. An empty batch gives 0, attached to the graph.
     Raises:
@@ -84,8 +84,10 @@ def linear_loss(
         raise ValueError(
             "schedule='streamed' needs a reduction, because it gives out one gradient; take schedule='auto'"
         )
-    if any(needs) and reduce and schedule in ("auto", "streamed"):
-        workspace = workspace_bytes(workspace_mb)
+    workspace = workspace_bytes(workspace_mb)
+    if any(needs) and reduce and schedule == "auto":
+        schedule = _plan(flat, weight, layout, needs, workspace, schedule).schedule
+    if any(needs) and reduce and schedule == "streamed":
         job = _Job(loss_fn, layout, spec, denominator, needs, backend, workspace, mean_logits)
         loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
         assert job.scored is not None
@@ -114,6 +116,17 @@ def _map(scored: LinearLogps, fn: Callable[[Tensor], Tensor]) -> LinearLogps:
     return LinearLogps(*(None if t is None else fn(t) for t in scored))  # type: ignore[arg-type]
 
 
+def _plan(
+    hidden: Tensor, weight: Tensor, layout: Layout, needs: tuple[bool, bool, bool], workspace: int | None, schedule: str
+) -> Plan:
+    device_type = "cpu" if hidden.device.type == "cpu" else "cuda"
+    return plan(
+        layout.n, hidden.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype,
+        device_type=device_type, needs=needs, group_rows=int(layout.group_rows().max(initial=1)),
+        workspace_bytes=workspace, schedule=schedule, num_tokens=hidden.shape[0],
+    )  # fmt: skip
+
+
 # ---- the pass
 
 
@@ -133,14 +146,8 @@ class _Job:
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tiles, Sinks]:
         """Loss (0-dim float32), and the sinks that hold its unscaled gradients."""
-        layout, n = self.layout, self.layout.n
-        device_type = hidden.device.type if hidden.device.type == "cpu" else "cuda"
-        sizes = layout.group_rows()
-        bound = plan(
-            n, hidden.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=device_type,
-            needs=self.needs, group_rows=int(sizes.max(initial=1)), workspace_bytes=self.workspace,
-            num_tokens=hidden.shape[0],
-        )  # fmt: skip
+        layout = self.layout
+        bound = _plan(hidden, weight, layout, self.needs, self.workspace, "streamed")
         all_rows = layout.rows_on(hidden.device)
         tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, bound, backends.resolve(self.backend, hidden))
         sinks = engine.make_sinks(tiles, self.needs, accumulate=True)

@@ -10,7 +10,8 @@
     cached      as deferred, but the logits (float32 inputs) or exp(z − max) (16-bit inputs) of `kept_rows` rows stay
                                                       between (1 + gradients) and (2 + gradients)
     frozen      in backward; only hidden needs one    2: the forward keeps D = Σ_v (onehot − p)_v ∂z_v/∂u_v W_v per row
-    streamed    as soon as a group of rows is done    1 + one per gradient; groups over the budget run deferred inside
+    streamed    as soon as a group of rows is done    1 + one per gradient; groups over the budget run deferred inside.
+                      "auto" overlays instead where all rows fit: as many GEMMs, in larger tiles, without a workspace
 
 A call works on tiles of `rows` rows. The vocabulary is walked in slabs of `slab` columns, one GEMM and one row kernel
 each; a tile that must outlive its slab (`keep`) spans the vocabulary. Everything a call allocates beside its inputs and
@@ -22,7 +23,7 @@ the same call does the same work everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -156,6 +157,13 @@ def plan(
         raise ValueError(f"the workspace must be positive, got {budget} bytes")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     name, reason = choose(needs, group_rows, schedule)
+    if name == "streamed" and schedule == "auto" and needs[1] and overlay and H >= 2 * ROW_ALIGN and n:
+        whole = plan(
+            n, H, V, dtype=dtype, device_type=device_type, needs=needs, workspace_bytes=workspace_bytes,
+            schedule="overlaid", weight_dtype=weight_dtype, num_tokens=num_tokens,
+        )  # fmt: skip
+        if whole.overlaid_rows == n:
+            return replace(whole, reason="the logits of all rows fit the memory of the weight's gradient")
     costs = _costs(H, V, dtype, weight_dtype, device_type, needs[0])
     gradients = (1 if name in ("frozen", "streamed") else 2) + needs[0] + needs[1] if any(needs) else 1
     keep = name in ("frozen", "streamed")

@@ -41,9 +41,9 @@ def unfused(hidden, weight, bias, targets, scale):
 @given(
     P=st.integers(0, 5), T=st.integers(1, 20), H=st.integers(1, 40), V=st.integers(2, 90),
     workspace_kb=st.integers(2, 300), ignored=st.sampled_from([0.0, 0.5, 1.0]), packed=st.booleans(),
-    seed=st.integers(0, 9),
+    schedule=st.sampled_from(["auto", "streamed"]), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_streamed_equals_unfused(P, T, H, V, workspace_kb, ignored, packed, seed):
+def test_streamed_equals_unfused(P, T, H, V, workspace_kb, ignored, packed, schedule, seed):
     """Whatever the workspace: chunks of many groups, of one, and groups that do not fit."""
     hidden, weight, bias, targets, scale = build(P, T, H, V, ignored, seed)
     expected = unfused(hidden, weight, bias, targets, scale) / 7
@@ -52,7 +52,7 @@ def test_streamed_equals_unfused(P, T, H, V, workspace_kb, ignored, packed, seed
         h, t, cu = hidden.reshape(-1, H), targets.reshape(-1), torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
     out = linear_loss(
         group_loss, h, weight, t, bias=bias, cu_seqlens=cu, groups=[*range(P)] * 2, inputs={"scale": scale},
-        denominator=7.0, workspace_mb=workspace_kb / 1024,
+        denominator=7.0, workspace_mb=workspace_kb / 1024, schedule=schedule,
     )  # fmt: skip
     torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-10)
     leaves = [hidden, weight, bias]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import backends
+from fastalign.types import LinearLogps
 
 FLOORS = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
@@ -31,6 +32,15 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None and t.requires_grad]
 
+    def gradients(self, out: LinearLogps, *, entropy: bool = True) -> tuple[Tensor, ...]:
+        """Gradients of a scalar that sends a different number into every logps, lse and entropy."""
+        g = torch.Generator().manual_seed(1)
+        a, c, e = torch.randn(3, len(self.targets), generator=g, dtype=torch.float64)
+        total = (out.logps.double() * a).sum() + 0.5 * (out.lse.double() * c).sum()
+        if entropy and out.entropy is not None:
+            total = total + 0.3 * (out.entropy.double() * e).sum()
+        return torch.autograd.grad(total, self.leaves)
+
     def cast(self, dtype: torch.dtype) -> Problem:
         def leaf(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().to(dtype).requires_grad_(t.requires_grad)
@@ -39,6 +49,11 @@ class Problem:
         assert hidden is not None
         assert weight is not None
         return Problem(hidden, weight, leaf(self.bias), self.targets)
+
+
+@pytest.fixture(params=usable_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture

@@ -21,22 +21,9 @@ HEADS = {
 }
 
 
-def upstream(problem, out, *, entropy=True):
-    """A scalar that sends a different gradient into every logps, lse and entropy."""
-    g = torch.Generator().manual_seed(1)
-    a, c, e = torch.randn(3, len(problem.targets), generator=g, dtype=torch.float64)
-    total = (out.logps.double() * a).sum() + 0.5 * (out.lse.double() * c).sum()
-    return total + (0.3 * (out.entropy.double() * e).sum() if entropy and out.entropy is not None else 0)
-
-
-def gradients(problem, out, **kwargs):
-    return torch.autograd.grad(upstream(problem, out, **kwargs), problem.leaves)
-
-
 @pytest.mark.parametrize("peaked", [False, True], ids=["random", "peaked"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_output_and_gradient_is_within_the_rule(make_problem, within_rule, backend, dtype, head, peaked):
     problem = make_problem(dtype=dtype, peaked=peaked)
     options = {"entropy": True, "top1": True, "log_sum_sq_probs": True, "mean_logits": True, "backend": backend}
@@ -54,8 +41,8 @@ def test_every_output_and_gradient_is_within_the_rule(make_problem, within_rule,
         assert torch.equal(ours.is_top1[counts], exact.is_top1[counts])
     assert not ours.is_top1[~counts].any()
     grads = zip(
-        ("hidden", "weight", "bias"), gradients(problem, ours), gradients(problem, naive),
-        gradients(exact_problem, exact), strict=True,
+        ("hidden", "weight", "bias"), problem.gradients(ours), problem.gradients(naive),
+        exact_problem.gradients(exact), strict=True,
     )  # fmt: skip
     for name, mine, theirs, true in grads:
         assert mine.dtype == dtype
@@ -65,7 +52,6 @@ def test_every_output_and_gradient_is_within_the_rule(make_problem, within_rule,
 @pytest.mark.parametrize("workspace_mb", [0.02, 0.2, 16], ids=["tiny", "small", "ample"])
 @pytest.mark.parametrize("rows", [False, True], ids=["found", "given"])
 @pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "auto"])
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_schedules_agree(make_problem, within_rule, backend, schedule, rows, workspace_mb, dtype):
     problem = make_problem(n=75, H=40, dtype=dtype)
@@ -84,8 +70,8 @@ def test_schedules_agree(make_problem, within_rule, backend, schedule, rows, wor
     ours = call()
     within_rule("logps", ours.logps, naive.logps, exact.logps, dtype)
     for mine, theirs, true in zip(
-        gradients(problem, ours, entropy=False), gradients(problem, naive, entropy=False),
-        gradients(exact_problem, exact, entropy=False), strict=True,
+        problem.gradients(ours, entropy=False), problem.gradients(naive, entropy=False),
+        exact_problem.gradients(exact, entropy=False), strict=True,
     ):  # fmt: skip
         within_rule("gradient", mine, theirs, true, dtype)
 
@@ -103,7 +89,7 @@ def test_only_needed_gradients(make_problem, needs, head, entropy):
     )
     exact = linear_logps_reference(problem.hidden, problem.weight, problem.targets, bias=problem.bias, **HEADS[head])
     for mine, true in zip(
-        gradients(problem, ours, entropy=entropy), gradients(problem, exact, entropy=entropy), strict=True
+        problem.gradients(ours, entropy=entropy), problem.gradients(exact, entropy=entropy), strict=True
     ):
         torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-11)
 
@@ -205,7 +191,6 @@ def test_under_no_grad_nothing_is_saved(make_problem):
     assert not out.logps.requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_rounds_as_linear_does_but_keeps_the_weight_gradient_in_float32(make_problem, backend):
     problem = make_problem(n=50, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -231,71 +216,6 @@ def test_opcheck(make_problem, needs, rows):
         [True, True, True, True], list(needs), "torch", schedule, 0, 2**20, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastalign.linear_logps, args)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_overlaid(make_problem, dtype):
-    problem = make_problem(n=24, H=32, dtype=dtype)
-    args = (
-        problem.hidden, problem.weight, problem.bias, problem.targets, None, 1.0, 1.0, False, -100,
-        [True, False, False, False], [True, True, True], "torch", "overlaid", 0, 2**20, torch.float32,
-    )  # fmt: skip
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled calls do not overlay
-    torch.library.opcheck(torch.ops.fastalign.linear_logps, args, test_utils=checks)
-
-
-OVERLAID = {  # n, H, workspace: which rows wait in the gradient's memory
-    "all": (40, 64, 16),
-    "some of one tile": (75, 32, 16),
-    "some of the first tile": (200, 32, 0.05),
-}
-
-
-@pytest.mark.parametrize("size", OVERLAID)
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_logits_in_the_memory_of_the_gradient(make_problem, within_rule, backend, dtype, head, size):
-    n, H, workspace_mb = OVERLAID[size]
-    problem = make_problem(n=n, H=H, V=403, dtype=dtype, ignored=0.1)
-    ours = linear_logps(
-        problem.hidden, problem.weight, problem.targets, bias=problem.bias, entropy=True, schedule="overlaid",
-        workspace_mb=workspace_mb, backend=backend, **HEADS[head],
-    )  # fmt: skip
-    exact_problem = problem.cast(torch.float64)
-    naive, exact = (
-        linear_logps_reference(p.hidden, p.weight, p.targets, bias=p.bias, **HEADS[head])
-        for p in (problem, exact_problem)
-    )
-    for mine, theirs, true in zip(
-        gradients(problem, ours), gradients(problem, naive), gradients(exact_problem, exact), strict=True
-    ):
-        assert mine.dtype == dtype
-        within_rule("gradient", mine, theirs, true, dtype)
-
-
-def test_an_overlaid_gradient_is_nobodys_copy(make_problem):
-    """The parameter's .grad is the very memory that held the logits."""
-    problem = make_problem(n=40, H=64)
-    out = linear_logps(problem.hidden, problem.weight, problem.targets, schedule="overlaid")
-    memory = out.logps.grad_fn.next_functions[0][0].saved_tensors[-1].data_ptr()
-    out.logps.sum().backward()
-    assert problem.weight.grad.data_ptr() == memory
-
-
-def test_an_overlay_needs_a_gradient_and_an_uncompiled_call(make_problem):
-    problem = make_problem(n=40, H=64, needs=(True, False, False))
-    with pytest.raises(ValueError, match="weight needs none"):
-        linear_logps(problem.hidden, problem.weight, problem.targets, schedule="overlaid")
-    with pytest.raises(ValueError, match="needs H ≥ 16, got H = 8"):
-        plan(100, 8, 1000, schedule="overlaid")
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(hidden, weight, targets):
-        return linear_logps(hidden, weight, targets, schedule="overlaid").logps
-
-    with pytest.raises(Exception, match="cannot be compiled"):
-        compiled(problem.hidden, problem.weight.detach().requires_grad_(), problem.targets)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -198,17 +198,20 @@ def test_200_steps_learn(shared_dir, rows, tmp_path, capsys):
         train_dataset=Rows(rows[:900]),
         eval_dataset=Rows(rows[900:1100]),
     )
-    before = trainer.evaluate()
+    seen = Rows(rows[:200])
+    before, before_seen = trainer.evaluate(), trainer.evaluate(seen, metric_key_prefix="seen")
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert before_seen["seen_loss"] == pytest.approx(math.log(2), abs=1e-4)
     trainer.train()
-    after = trainer.evaluate()
+    after, after_seen = trainer.evaluate(), trainer.evaluate(seen, metric_key_prefix="seen")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     with capsys.disabled():
         print(
             f"\nloss per 20 steps {[round(x, 4) for x in losses]}; held-out "
             f"accuracy {after['eval_rewards/accuracies']:.3f} ± {after['eval_rewards/accuracies_se']:.3f}, "
             f"margin {after['eval_rewards/margins']:.3f} ± {after['eval_rewards/margins_se']:.3f}, "
-            f"loss {after['eval_loss']:.4f}"
+            f"loss {after['eval_loss']:.4f}; on 200 pairs it was trained on {after_seen['seen_loss']:.4f}"
         )
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.01
+    assert after_seen["seen_loss"] < math.log(2) - 0.02
     assert after["eval_rewards/margins_se"] > 0

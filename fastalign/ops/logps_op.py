@@ -15,7 +15,8 @@ from torch import Tensor
 from fastalign.ops import backends, engine
 from fastalign.ops import rows as R
 from fastalign.ops.arguments import scored_rows
-from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan, align, plan
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan, plan
+from fastalign.ops.tile_sizes import align
 from fastalign.ops.tiles import Tiles
 
 

@@ -27,12 +27,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastalign.ops.tile_sizes import ROW_ALIGN, Costs, align, head_costs, slab_tiles, whole_tiles
+
 DEFAULT_WORKSPACE_MB = {"cpu": 128, "cuda": 1024}
 
 SCHEDULES = ("forward", "deferred", "overlaid", "cached", "frozen", "streamed")
-
-MIN_SLAB = 64
-ROW_ALIGN = 16  # GEMMs are markedly slower on row counts that are not a multiple of the vector width
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,50 +79,9 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Costs:
-    """Bytes per unit of the pieces of a tile, for one device type and dtype."""
-
-    H: int
-    V: int
-    element: int  # bytes of one operand element as the GEMM reads it
-    tile: int  # bytes of one tile element
-    weight_copy: int  # bytes per slab column for a weight slab in another dtype than the GEMM's
-    gather: bool  # whether rows are copied into the workspace
-    grad_buffer: bool  # whether a float32 (rows, H) buffer is needed for grad_hidden
-
-    def per_row(self) -> int:
-        return (self.H * self.element if self.gather else 0) + (self.H * 4 if self.grad_buffer else 0)
-
-
 def default_budget(device_type: str) -> int:
     """Bytes of working memory where the caller names none; every accelerator has CUDA's."""
     return DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cuda"]) * 2**20
-
-
-def align(n: int) -> int:
-    return -(-n // ROW_ALIGN) * ROW_ALIGN
-
-
-def _costs(
-    H: int, V: int, dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str, needs_hidden: bool
-) -> _Costs:
-    size = torch.empty((), dtype=dtype).element_size()
-    on_cpu = device_type == "cpu"
-    gemm_size = max(size, 4) if on_cpu else size  # CPU GEMMs run on float32 operands
-    converts = weight_dtype != dtype or gemm_size != size
-    steps = gemm_size + (size if weight_dtype != dtype and gemm_size != size else 0)  # rounded to `dtype`, then widened
-    weight_copy = H * steps if converts else 0
-    return _Costs(H, V, gemm_size, max(4, gemm_size), weight_copy, gather=True, grad_buffer=needs_hidden)
-
-
-def _slab(costs: _Costs, rows: int, budget: int, keep: bool) -> int:
-    """Columns per GEMM: tiles of about 8 MiB stay in a CPU's last-level cache between the GEMM and the row kernel."""
-    per_column = costs.weight_copy + (0 if keep else align(rows) * costs.tile)
-    cap = max(512, (8 * 2**20) // max(1, align(rows) * costs.tile))
-    if per_column:
-        cap = min(cap, max(MIN_SLAB, budget // per_column))
-    return min(costs.V, max(MIN_SLAB, cap // MIN_SLAB * MIN_SLAB))
 
 
 def plan(
@@ -164,84 +122,63 @@ def plan(
         )  # fmt: skip
         if whole.overlaid_rows == n:
             return replace(whole, reason="the logits of all rows fit the memory of the weight's gradient")
-    costs = _costs(H, V, dtype, weight_dtype, device_type, needs[0])
-    gradients = (1 if name in ("frozen", "streamed") else 2) + needs[0] + needs[1] if any(needs) else 1
-    keep = name in ("frozen", "streamed")
+    costs = head_costs(H, V, dtype, weight_dtype, device_type, needs[0])
     size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
-    overlaid = 0
-
-    if keep:
-        per_row = costs.per_row() + V * costs.tile
-        slab = min(V, 2048 if device_type == "cpu" else 8192)
-        if costs.weight_copy:
-            slab = min(slab, max(MIN_SLAB, budget // 4 // costs.weight_copy // MIN_SLAB * MIN_SLAB))
-        room = max(budget - slab * costs.weight_copy, per_row * ROW_ALIGN)
-        most = 512 if device_type == "cpu" else 8192
-        rows = max(ROW_ALIGN, min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN)
-        beside = per_row + slab * costs.tile  # a slab of scratch beside the tile
-        if needs[1] and group_rows is not None and group_rows > rows and room // beside >= ROW_ALIGN:
-            per_row = beside
-            rows = min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN
-            overlaid = _overlaid(n, rows, H * max(4, weight_size) // costs.tile)
-        rows = min(rows, align(n)) if n else ROW_ALIGN
-        workspace = rows * per_row + slab * costs.weight_copy
+    gradients = (1 if name in ("frozen", "streamed") else 2) + needs[0] + needs[1] if any(needs) else 1
+    reuse = _Reuse()
+    if name in ("frozen", "streamed"):
+        sink = max(4, weight_size) if needs[1] else 0
+        rows, slab, overlaid, workspace = whole_tiles(costs, n, budget, device_type, group_rows, sink)
+        reuse = _Reuse(overlaid=overlaid)
     else:
-        room = max(budget // 4, 1)
-        rows = max(ROW_ALIGN, room // max(1, costs.per_row()) // ROW_ALIGN * ROW_ALIGN)
-        rows = min(rows, align(n)) if n else ROW_ALIGN
-        slab = _slab(costs, rows, budget - rows * costs.per_row(), keep)
-        workspace = rows * costs.per_row() + slab * (costs.weight_copy + rows * costs.tile)
-
-    kept_rows, kept_bytes, transit = 0, 0, 0
+        rows, slab, workspace = slab_tiles(costs, n, budget)
     if name in ("deferred", "cached", "overlaid"):
         most = budget
         if workspace_bytes is None and schedule == "auto":
             most = max(1, min(budget, n * V * costs.tile // 4))
-        kept_rows, kept_bytes, transit = _kept(n, V, most - workspace, costs, dtype, schedule, cacheable)
+        reuse = _kept(n, V, most - workspace, costs, dtype, schedule, cacheable)
         if schedule == "overlaid" or (schedule == "auto" and overlay and needs[1]):
             sink = weight_size if n <= rows else max(4, weight_size)
-            overlaid = _overlaid(n, rows, H * sink // costs.tile)
-            if schedule == "overlaid" and not overlaid:
-                raise ValueError(f"schedule='overlaid' needs H ≥ {ROW_ALIGN * costs.tile // sink}, got H = {H}")
-        if overlaid and (schedule == "overlaid" or (overlaid >= kept_rows and overlaid * 20 >= n)):
-            name, kept_rows, kept_bytes, transit = "overlaid", 0, 0, 0
-            if schedule == "auto":
-                reason = f"{reason}; {overlaid} of {n} rows wait for it in the memory of the weight's gradient"
-        else:
-            overlaid = 0
-        workspace += transit * V * costs.tile
-        if schedule == "auto" and kept_rows:
-            name, reason = "cached", f"{reason}; the budget keeps {kept_rows} of {n} rows for the backward"
+            reuse = _overlaid(n, rows, sink, costs, schedule, reuse)
+        workspace += reuse.transit * V * costs.tile
+        if schedule == "auto" and reuse.overlaid:
+            name, where = "overlaid", "in the memory of the weight's gradient"
+            reason = f"{reason}; {reuse.overlaid} of {n} rows wait for it {where}"
+        elif schedule == "auto" and reuse.kept:
+            name, reason = "cached", f"{reason}; the budget keeps {reuse.kept} of {n} rows for the backward"
             budget = most
-    gemms = float(gradients) - (max(kept_rows, overlaid) / n if n and name != "streamed" else 0.0)
-
-    tiles = -(-n // rows) if n else 0
-    total = n if num_tokens is None else num_tokens
-    gradient_bytes = needs[0] * total * H * size + needs[1] * V * H * weight_size + needs[2] * V * weight_size
-    accumulators = 0
-    if name == "streamed" and size < 4:
-        accumulators += needs[0] * total * H * 4
-    if weight_size < 4 and (name == "streamed" or tiles > 1 or 0 < kept_rows < n):
-        accumulators += needs[1] * V * H * 4
-    if weight_size < 4:
-        accumulators += needs[2] * V * 4
-    saved = n * H * 4 if name == "frozen" else kept_bytes
+    share = max(reuse.kept, reuse.overlaid) / n if n and name != "streamed" else 0.0
+    several = n > rows or 0 < reuse.kept < n
+    tokens = n if num_tokens is None else num_tokens
     return Plan(
-        name,
-        reason,
-        n,
-        int(rows),
-        int(slab),
-        int(overlaid),
-        int(kept_rows),
-        int(transit),
-        gemms,
-        int(budget),
-        int(workspace),
-        gradient_bytes,
-        accumulators,
-        saved,
+        schedule=name,
+        reason=reason,
+        n=n,
+        rows=int(rows),
+        slab=int(slab),
+        overlaid_rows=int(reuse.overlaid),
+        kept_rows=int(reuse.kept),
+        transit_rows=int(reuse.transit),
+        gemms=float(gradients) - share,
+        budget_bytes=int(budget),
+        workspace_bytes=int(workspace),
+        gradient_bytes=needs[0] * tokens * H * size + (needs[1] * H + needs[2]) * V * weight_size,
+        accumulator_bytes=_accumulators(name, needs, costs, tokens, size, weight_size, several),
+        saved_bytes=n * H * 4 if name == "frozen" else reuse.kept_bytes,
     )
+
+
+def _accumulators(
+    name: str, needs: tuple[bool, bool, bool], costs: Costs, tokens: int, size: int, weight_size: int, several: bool
+) -> int:
+    """Bytes of float32 accumulators of 16-bit gradients; `several`: the weight's is a sum of several products."""
+    total = 0
+    if name == "streamed" and size < 4:
+        total += needs[0] * tokens * costs.H * 4
+    if weight_size < 4:
+        total += needs[1] * costs.V * costs.H * 4 if name == "streamed" or several else 0
+        total += needs[2] * costs.V * 4
+    return total
 
 
 def choose(needs: tuple[bool, bool, bool], group_rows: int | None, schedule: str) -> tuple[str, str]:
@@ -279,17 +216,31 @@ def choose(needs: tuple[bool, bool, bool], group_rows: int | None, schedule: str
     return "deferred", "the loss is known after the forward"
 
 
-def _overlaid(n: int, rows: int, per_column: int) -> int:
-    """Rows of the first tile whose logits fit the memory of the weight's gradient: `per_column` logits a column."""
-    return min(n, rows, per_column // ROW_ALIGN * ROW_ALIGN)
+@dataclass(frozen=True, slots=True)
+class _Reuse:
+    """Rows whose logits the backward finds: overlaid, or kept (in so many bytes, by way of a transit tile)."""
+
+    overlaid: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    transit: int = 0
 
 
-def _kept(
-    n: int, V: int, room: int, costs: _Costs, dtype: torch.dtype, schedule: str, cacheable: bool
-) -> tuple[int, int, int]:
-    """(rows kept, their bytes, rows of the transit tile) for the cached schedule; zeros when it buys nothing."""
+def _overlaid(n: int, rows: int, sink: int, costs: Costs, schedule: str, kept: _Reuse) -> _Reuse:
+    """Rows of the first tile whose logits fit the weight gradient's memory, or `kept` where that saves more."""
+    capacity = costs.overlay(sink)
+    if schedule == "overlaid" and not capacity:
+        raise ValueError(f"schedule='overlaid' needs H ≥ {ROW_ALIGN * costs.tile // sink}, got H = {costs.H}")
+    overlaid = min(n, rows, capacity)
+    if schedule == "auto" and (overlaid < kept.kept or overlaid * 20 < n):
+        return kept
+    return _Reuse(overlaid=overlaid)
+
+
+def _kept(n: int, V: int, room: int, costs: Costs, dtype: torch.dtype, schedule: str, cacheable: bool) -> _Reuse:
+    """Rows that the budget keeps for the backward; none where it buys nothing."""
     if schedule not in ("auto", "cached") or n == 0:
-        return 0, 0, 0
+        return _Reuse()
     half = dtype in (torch.bfloat16, torch.float16)
     if half and (not cacheable or dtype == torch.float16):
         if schedule == "cached":
@@ -298,7 +249,7 @@ def _kept(
                 "softcap or an "
                 "entropy output; take 'deferred'"
             )
-        return 0, 0, 0
+        return _Reuse()
     element = 2 if half else costs.tile
     # 16-bit rows pass through a float32 tile over the whole vocabulary before their exponentials are stored
     transit = max(ROW_ALIGN, min(256, room // 4 // (V * costs.tile)) // ROW_ALIGN * ROW_ALIGN) if half else 0
@@ -309,5 +260,5 @@ def _kept(
                 f"schedule='cached' has {room} bytes left for kept rows, but {ROW_ALIGN} rows of V = {V} take "
                 f"{transit * V * costs.tile + ROW_ALIGN * V * element}; raise workspace_mb"
             )
-        return 0, 0, 0
-    return min(kept, n), kept * V * element, min(transit, align(n))
+        return _Reuse()
+    return _Reuse(kept=min(kept, n), kept_bytes=kept * V * element, transit=min(transit, align(n)))

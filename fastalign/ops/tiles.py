@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend
-from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan, align
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan
+from fastalign.ops.tile_sizes import align
 
 # The last call's largest CPU buffer, for the next call: a fresh one costs a page fault for every 4 KiB, 3 % of a frozen
 # head's time. Never more than the default budget; CUDA's allocator does the same by itself.

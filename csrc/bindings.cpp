@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "fastalign/row_kernels.h"
+#include "fastalign/scans.h"
 
 namespace py = pybind11;
 using namespace fastalign;
@@ -43,6 +44,14 @@ PYBIND11_MODULE(_C, m) {
       [](Address tile, int64_t stride, int64_t n, int64_t v, const Logits& logits, Address max, Address out,
          int64_t out_stride, int threads) {
         row_exp({at<const float>(tile), stride, n, v, logits, at<const float>(max), at<uint16_t>(out), out_stride}, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gae",
+      [](Address rewards, Address values, Address mask, int64_t batch, int64_t length, double gamma, double lam,
+         Address advantages, Address returns, int threads) {
+        gae({at<const float>(rewards), at<const float>(values), at<const uint8_t>(mask), batch, length, gamma, lam,
+             at<float>(advantages), at<float>(returns)}, threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }

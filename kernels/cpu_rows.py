@@ -116,3 +116,17 @@ def row_exp(
         out.stride(1),
         torch.get_num_threads(),
     )
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """rewards, values (B, T) float32 and mask (B, T) bool, contiguous -> (advantages, returns), (B, T) float32."""
+    _share_openmp()
+    assert rewards.dtype == values.dtype == torch.float32
+    assert mask.dtype == torch.bool
+    assert all(x.is_contiguous() and x.shape == rewards.shape for x in (rewards, values, mask))
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    _C.gae(
+        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), *rewards.shape, gamma, lam, advantages.data_ptr(),
+        returns.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns

@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import rows as R
+from fastalign.ops.scans import gae_torch
 
 BACKENDS = ("torch", "cpu", "triton")
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The row functions of one backend; their contract is fastalign.ops.rows. `fused_forward` needs no logits tile."""
+    """The row functions of one backend; their contract is fastalign.ops.rows. `fused_forward` needs no logits tile.
+
+    gae(rewards, values, mask, gamma, lam) -> (advantages, returns): fastalign.ops.scans.
+    """
 
     name: str
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
     row_exp: Callable[..., None]
+    gae: Callable[..., tuple[Tensor, Tensor]]
     fused_forward: Callable[..., R.RowState] | None = None
 
 
@@ -93,7 +98,7 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _load(name: str) -> Backend:
     if name == "torch":
-        return Backend("torch", R.row_stats, R.row_grad, R.row_exp)
+        return Backend("torch", R.row_stats, R.row_grad, R.row_exp, gae_torch)
     if name == "cpu":
         from fastalign.ops import cpu_backend
 

@@ -43,4 +43,8 @@ def row_exp(tile: Tensor, bias: Tensor | None, stats: R.RowStats, spec: R.RowSpe
     cpu_rows.row_exp(tile, bias, stats.max.contiguous(), out, **_scales(spec))
 
 
-BACKEND = Backend("cpu", row_stats, row_grad, row_exp)
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    return cpu_rows.gae(rewards.float().contiguous(), values.float().contiguous(), mask.contiguous(), gamma, lam)
+
+
+BACKEND = Backend("cpu", row_stats, row_grad, row_exp, gae)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastalign.kernels import fused_forward as fused_kernels
 from fastalign.kernels import row_kernels
+from fastalign.kernels.gae import gae_scan
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend, architecture
 
@@ -51,4 +52,4 @@ def fused_forward(
     return R.RowState(values, argmax)
 
 
-BACKEND = Backend("triton", row_stats, row_grad, row_exp, fused_forward)
+BACKEND = Backend("triton", row_stats, row_grad, row_exp, gae_scan, fused_forward)

@@ -30,7 +30,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 import triton
-from fastalign.kernels import _tiles, fused_forward, row_kernels
+from fastalign.kernels import _tiles, fused_forward, gae, row_kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,6 +49,7 @@ KERNELS = {
     "row_exp": row_kernels._row_exp_kernel,
     "fused_forward": fused_forward._fused_forward_kernel,
     "merge_splits": fused_forward._merge_splits_kernel,
+    "gae": gae._gae_kernel,
 }
 UNIT_STRIDES = ("stride_tv", "stride_ov", "stride_b", "stride_hh", "stride_wh")
 OUTPUTS = ("ENTROPY", "TOP1", "SUM_SQ", "SUM_Z")
@@ -146,9 +147,16 @@ def fused_cases() -> Iterator[Case]:
     yield Case("merge_splits", "all", pointers | argmax, dict.fromkeys(OUTPUTS, True) | {"STATE_ROWS": 6})
 
 
+def gae_cases() -> Iterator[Case]:
+    names = ("rewards_ptr", "values_ptr", "advantages_ptr", "returns_ptr")
+    pointers = dict.fromkeys(names, "fp32") | {"mask_ptr": "u8"}
+    yield Case("gae", "plain", pointers)
+    yield Case("gae", "unaligned", pointers, aligned=False)
+
+
 def jobs() -> list[tuple[Case, str]]:
     """Every case on every architecture; sm_89, fused kernel only, stands for those without tiles of their own."""
-    cases = [*fused_cases(), *row_stats_cases(), *row_grad_cases(), *row_exp_cases()]
+    cases = [*fused_cases(), *row_stats_cases(), *row_grad_cases(), *row_exp_cases(), *gae_cases()]
     return [(case, arch) for case in cases for arch in TARGETS if arch != "sm_89" or case.kernel == "fused_forward"]
 
 
@@ -159,6 +167,8 @@ def launch_options(case: Case, arch: str) -> tuple[dict[str, int], dict[str, Any
         return fused_forward.launch_options(_tiles.fused_tiles(arch, dtype, aligned=case.aligned))
     if case.kernel == "merge_splits":
         return {"BLOCK": fused_forward.MERGE_BLOCK}, {"num_warps": 4, "enable_fp_fusion": False}
+    if case.kernel == "gae":
+        return {"BLOCK": gae.BLOCK}, {"num_warps": gae.num_warps(gae.BLOCK), "enable_fp_fusion": False}
     tiles = _tiles.row_tiles(131072)
     return {"BLOCK": tiles.block}, {"num_warps": tiles.num_warps, "enable_fp_fusion": False}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastalign import losses, ops
-    from fastalign.linear import linear_cross_entropy, linear_dpo_loss
+    from fastalign.linear import linear_cross_entropy, linear_dpo_loss, linear_ppo_loss
     from fastalign.ops.linear_logps import linear_logps
     from fastalign.ops.linear_loss import linear_loss
     from fastalign.ops.sequences import sequence_logps
@@ -33,6 +33,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_logps",
     "linear_loss",
+    "linear_ppo_loss",
     "losses",
     "ops",
     "sequence_logps",
@@ -40,7 +41,7 @@ __all__ = [
 
 # Where each public name lives; tests/test_imports.py holds this, the imports above and __all__ equal.
 _HOMES = {
-    "fastalign.linear": ["linear_cross_entropy", "linear_dpo_loss"],
+    "fastalign.linear": ["linear_cross_entropy", "linear_dpo_loss", "linear_ppo_loss"],
     "fastalign.ops.linear_logps": ["linear_logps"],
     "fastalign.ops.linear_loss": ["linear_loss"],
     "fastalign.ops.sequences": ["sequence_logps"],

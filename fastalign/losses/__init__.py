@@ -2,21 +2,46 @@
 
 from fastalign.losses.metrics import correlation_metrics, mean_metric, merge_metrics, summarize
 from fastalign.losses.pairwise import DPO_LOSSES, DPOLoss, check_dpo_options
+from fastalign.losses.policy import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    check_policy_options,
+    kl_estimate,
+    policy_losses,
+    policy_metrics,
+    ppo_loss,
+    ppo_penalty_loss,
+    token_weights,
+)
 from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
+from fastalign.losses.rewards import bradley_terry_loss, ranking_loss
+from fastalign.losses.value import value_loss
 
 __all__ = [
+    "AGGREGATIONS",
     "DPO_LOSSES",
+    "KL_ESTIMATORS",
     "REDUCTIONS",
     "DPOLoss",
+    "bradley_terry_loss",
     "check_dpo_options",
+    "check_policy_options",
     "check_reduction",
     "correlation_metrics",
     "dpo_loss",
     "dpo_metrics",
+    "kl_estimate",
     "mean_metric",
     "merge_metrics",
     "pair_losses",
+    "policy_losses",
+    "policy_metrics",
+    "ppo_loss",
+    "ppo_penalty_loss",
+    "ranking_loss",
     "reduce_losses",
     "summarize",
+    "token_weights",
+    "value_loss",
 ]

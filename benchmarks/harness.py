@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import json
 import multiprocessing as mp
+import os
 import platform
 import random
 import statistics
@@ -164,7 +165,7 @@ def append_rows(bench: str, device: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"{bench}.csv"
     stamp = {
         "date": date.today().isoformat(), "commit": commit(), "versions": versions(),
-        "command": " ".join(["python", *[Path(sys.argv[0]).name, *sys.argv[1:]]]),
+        "command": " ".join(["python", *(Path(a).name if os.sep in a else a for a in sys.argv)]),  # no folders
     }  # fmt: skip
     old: list[dict[str, Any]] = []
     if path.exists():

@@ -249,13 +249,13 @@ def _backward(ctx, grad_logps, grad_lse, grad_entropy, *_) -> tuple[Tensor | Non
     # The overlaid memory leaves with the gradient, as a tensor of its own: so the saved one's version does not move and
     # nobody sees two owners and copies it. Once overwritten (retain_graph), all logits are computed again.
     overlaid = weight.new_empty(0) if overlaid.dim() == 1 or ctx.overwritten else overlaid.data
+    ctx.overwritten = True  # before the work begins: it may fail half-way
     grads = torch.ops.fastalign.linear_logps_backward(
         hidden, weight, bias, targets, rows, *saved, overlaid, grad_logps, grad_lse, grad_entropy, in_scale, out_scale,
         softcap, flags, planned, needs, *ctx.how,
     )  # fmt: skip
     grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     if overlaid.dim() == 2:
-        ctx.overwritten = True
         grads[1] = overlaid.to(weight.dtype)
     return (*grads, *nothing)
 

@@ -7,6 +7,7 @@ import torch
 
 from fastalign.ops import linear_logps, linear_logps_reference
 from fastalign.ops.schedule import plan
+from fastalign.ops.tiles import Tiles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,3 +99,25 @@ def test_two_calls_before_one_backward(make_problem, backend):
         torch.autograd.grad(sum(p.logps.sum() for p in parts), problem.leaves), expected, strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backward_that_fails_leaves_no_trap(make_problem, monkeypatch):
+    """Out of memory half-way, caught, and called again: what was overwritten is not taken for logits."""
+    problem = make_problem(n=40, H=64, V=3000)
+    out = linear_logps(problem.hidden, problem.weight, problem.targets, schedule="overlaid", backend="torch")
+    (expected,) = torch.autograd.grad(
+        linear_logps(problem.hidden, problem.weight, problem.targets, schedule="deferred").logps.sum(), [problem.weight]
+    )
+    store, calls = Tiles._store_rows, []
+
+    def fail_once(self, *arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError("no more")
+        return store(self, *arguments)
+
+    monkeypatch.setattr(Tiles, "_store_rows", fail_once)
+    with pytest.raises(MemoryError):
+        torch.autograd.grad(out.logps.sum(), [problem.weight], retain_graph=True)
+    (grad,) = torch.autograd.grad(out.logps.sum(), [problem.weight])
+    torch.testing.assert_close(grad, expected)

@@ -122,7 +122,8 @@ class BadRowsError(ValueError):
         listed = "".join(f"\n  {row}" for row in bad[:LISTED_BAD_ROWS])
         more = f"\n  and {len(bad) - LISTED_BAD_ROWS} more" if len(bad) > LISTED_BAD_ROWS else ""
         super().__init__(
-            f"{len(bad)} of {report.read} rows of {report.source} cannot be used: {_counts(report.bad_by_reason)}."
+            f"{len(bad)} of {report.read} rows of {report.source} cannot be used: {_counts(report.bad_by_reason)}. "
+            "Counted from 0:"
             f"{listed}{more}\nMend these rows, or set on_bad_row='skip' to train without them."
         )
         self.report = report

@@ -49,7 +49,9 @@ def test_words(report: DataReport):
 def test_the_error_lists_ten_rows_and_counts_all(report: DataReport):
     error = BadRowsError(report)
     message = str(error)
-    assert message.startswith("12 of 20 rows of pairs.jsonl cannot be used: 9 empty response, 3 wrong role.")
+    assert message.startswith(
+        "12 of 20 rows of pairs.jsonl cannot be used: 9 empty response, 3 wrong role. Counted from 0:\n"
+    )
     assert [line.strip() for line in message.splitlines() if line.startswith("  row")] == [
         f"row {bad.row}: {bad.reason} ({bad.detail})" for bad in report.bad[:10]
     ]

@@ -22,11 +22,17 @@ def mean_metric(values: Tensor) -> Metric:
     return Metric(values.sum(), values.new_full((), values.numel()))
 
 
-def correlation_metrics(name: str, x: Tensor, y: Tensor) -> dict[str, Metric]:
-    """What `summarize` needs to give Pearson's correlation of x and y (same shape, float) under `name`."""
+def correlation_metrics(name: str, x: Tensor, y: Tensor, mask: Tensor | None = None) -> dict[str, Metric]:
+    """What `summarize` needs to give Pearson's correlation of x and y (same shape, float) under `name`.
+
+    mask: bool, where they count; x and y are finite outside it.
+    """
     x, y = x.detach(), y.detach()
     moments = (x, y, x * x, y * y, x * y)
-    return {f"{name}/{key}": mean_metric(value) for key, value in zip(_MOMENTS, moments, strict=True)}
+    if mask is None:
+        return {f"{name}/{key}": mean_metric(value) for key, value in zip(_MOMENTS, moments, strict=True)}
+    count = mask.sum().to(x.dtype)
+    return {f"{name}/{key}": Metric((value * mask).sum(), count) for key, value in zip(_MOMENTS, moments, strict=True)}
 
 
 def merge_metrics(*parts: Mapping[str, Metric]) -> dict[str, Metric]:

@@ -191,11 +191,8 @@ def ppo_loss(
     }  # fmt: skip
     losses = policy_losses(**values, **options, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef)
     metrics = policy_metrics(**values, mask=mask, kl_estimator=kl_estimator, **options)
-    if reduction == "none":
-        return LossOutput(losses * mask, metrics)
-    weights, denominator = token_weights(mask, aggregation, num_items, max_completion_length)
-    total = (losses * weights.to(losses.dtype)).sum()
-    return LossOutput(total if reduction == "sum" else total / denominator, metrics)
+    how = aggregation, reduction, num_items, max_completion_length
+    return LossOutput(_aggregated(losses, mask, *how), metrics)
 
 
 @torch.no_grad()
@@ -255,7 +252,7 @@ def ppo_penalty_loss(
     """PPO with a KL penalty instead of a clip (arXiv 1707.06347 eq. 8): −(ρA − penalty_coef·KL(π_old‖π)).
 
     The KL is estimated at the sampled tokens by ρ − 1 − log ρ, which is unbiased and never negative; its mean is the
-    metric `approx_kl_k3`, after which `PenaltyController` adapts the coefficient. Arguments otherwise as in `ppo_loss`.
+    metric `approx_kl_k3`. Arguments otherwise as in `ppo_loss`.
     """
     check_reduction(reduction, num_items)
     if not 0 <= penalty_coef < math.inf:
@@ -265,8 +262,16 @@ def ppo_penalty_loss(
     log_ratio = values["logps"] - values["old_logps"]
     losses = -(log_ratio.exp() * values["advantages"] - penalty_coef * (torch.expm1(log_ratio) - log_ratio))
     metrics = policy_metrics(**values, mask=mask)
+    how = aggregation, reduction, num_items, max_completion_length
+    return LossOutput(_aggregated(losses, mask, *how), metrics)
+
+
+def _aggregated(
+    losses: Tensor, mask: Tensor, aggregation: str, reduction: str, num_items: int | Tensor | None,
+    max_completion_length: int | None,
+) -> Tensor:  # fmt: skip
     if reduction == "none":
-        return LossOutput(losses * mask, metrics)
+        return losses * mask
     weights, denominator = token_weights(mask, aggregation, num_items, max_completion_length)
     total = (losses * weights.to(losses.dtype)).sum()
-    return LossOutput(total if reduction == "sum" else total / denominator, metrics)
+    return total if reduction == "sum" else total / denominator

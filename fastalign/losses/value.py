@@ -53,7 +53,7 @@ def value_loss(
             "values": Metric((v * weights).sum(), count),
             "returns": Metric((target * weights).sum(), count),
             "error": Metric(((v - target).square() * weights).sum(), count),
-        } | correlation_metrics("correlation", v[mask], target[mask])
+        } | correlation_metrics("correlation", v, target, mask)  # v[mask] would wait for the device
     if reduction == "none":
         return LossOutput(losses, metrics)
     total = losses.sum()

@@ -23,7 +23,7 @@ def gae(
         δ_t = r_t + γ·V_{t+1} − V_t,    A_t = δ_t + γλ·A_{t+1},    returns_t = A_t + V_t;    V after the last token is 0
 
     Args:
-        rewards, values: (B, T) float32 (float64 on backend="torch").
+        rewards, values: (B, T) float. 16-bit ones are taken in float32; float64 runs on backend="torch".
         mask: (B, T) bool, True where a token was sampled.
         gamma: γ, lam: λ, both in [0, 1].
         backend: "auto", "torch", "cpu" or "triton".
@@ -38,6 +38,8 @@ def gae(
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: it must be in [0, 1]")
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    rewards, values = rewards.to(dtype), values.to(dtype)
     return backends.resolve(backend, rewards).gae(rewards, values, mask, gamma, lam)
 
 

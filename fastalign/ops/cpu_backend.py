@@ -44,7 +44,7 @@ def row_exp(tile: Tensor, bias: Tensor | None, stats: R.RowStats, spec: R.RowSpe
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    return cpu_rows.gae(rewards.float().contiguous(), values.float().contiguous(), mask.contiguous(), gamma, lam)
+    return cpu_rows.gae(rewards.contiguous(), values.contiguous(), mask.contiguous(), gamma, lam)
 
 
 BACKEND = Backend("cpu", row_stats, row_grad, row_exp, gae)

@@ -65,6 +65,16 @@ def test_what_lies_under_the_mask_never_enters(backend):
             assert not b[~mask].any()
 
 
+def test_16_bit_inputs_are_computed_in_float32(backend):
+    rewards, values, mask = problem(4, 60)
+    half = rewards.bfloat16(), values.bfloat16()
+    for a, b in zip(
+        gae(*half, mask, backend=backend), gae(*(x.float() for x in half), mask, backend=backend), strict=True
+    ):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
 def test_strided_inputs(backend):
     rewards, values, mask = (x.t().contiguous().t() for x in problem(4, 20))
     dense = gae(rewards.contiguous(), values.contiguous(), mask.contiguous(), backend=backend)

@@ -84,11 +84,12 @@ def linear_loss(
         raise ValueError(
             "schedule='streamed' needs a reduction, because it gives out one gradient; take schedule='auto'"
         )
-    workspace = workspace_bytes(workspace_mb)
-    if any(needs) and reduce and schedule == "auto":
-        schedule = _plan(flat, weight, layout, needs, workspace, schedule).schedule
-    if any(needs) and reduce and schedule == "streamed":
-        job = _Job(loss_fn, layout, spec, denominator, needs, backend, workspace, mean_logits)
+    bound = None
+    if any(needs) and reduce and schedule in ("auto", "streamed"):
+        bound = _plan(flat, weight, layout, needs, workspace_bytes(workspace_mb), schedule)
+        schedule = bound.schedule
+    if bound is not None and schedule == "streamed":
+        job = _Job(loss_fn, layout, spec, denominator, needs, backend, bound, mean_logits)
         loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
         assert job.scored is not None
         scored = job.scored
@@ -140,21 +141,21 @@ class _Job:
     denominator: float | Tensor
     needs: tuple[bool, bool, bool]
     backend: str
-    workspace: int | None
+    plan: Plan
     mean_logits: bool
     scored: LinearLogps | None = None
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tiles, Sinks]:
         """Loss (0-dim float32), and the sinks that hold its unscaled gradients."""
         layout = self.layout
-        bound = _plan(hidden, weight, layout, self.needs, self.workspace, "streamed")
         all_rows = layout.rows_on(hidden.device)
-        tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, bound, backends.resolve(self.backend, hidden))
+        backend = backends.resolve(self.backend, hidden)
+        tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, self.plan, backend)
         sinks = engine.make_sinks(tiles, self.needs, accumulate=True)
         states: list[R.RowState] = []
         positions: list[np.ndarray] = []
         total = torch.zeros((), dtype=tiles.wide, device=hidden.device)
-        for chunk in layout.chunks(bound.rows):
+        for chunk in layout.chunks(self.plan.rows):
             total += self._chunk(chunk, tiles, sinks, states)
             positions.append(chunk.positions)
         tiles.release()

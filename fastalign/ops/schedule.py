@@ -88,7 +88,7 @@ def plan(
     n: int, H: int, V: int, *, dtype: torch.dtype = torch.float32, device_type: str = "cpu",
     needs: tuple[bool, bool, bool] = (True, True, False), group_rows: int | None = None,
     workspace_bytes: int | None = None, schedule: str = "auto", weight_dtype: torch.dtype | None = None,
-    num_tokens: int | None = None, cacheable: bool = True, overlay: bool = True,
+    num_tokens: int | None = None, cacheable: bool = True,
 ) -> Plan:  # fmt: skip
     """Choose the schedule for n scored rows.
 
@@ -104,7 +104,6 @@ def plan(
             a quarter of what the logits would take.
         schedule: "auto", or one of SCHEDULES to force it.
         cacheable: False where kept exponentials cannot serve (16-bit with softcap or entropy).
-        overlay: False where "auto" must not overlay, because outputs of the forward cannot change in place.
     Raises:
         ValueError: an unknown schedule, or one that cannot serve these needs.
     """
@@ -115,15 +114,15 @@ def plan(
         raise ValueError(f"the workspace must be positive, got {budget} bytes")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     name, reason = choose(needs, group_rows, schedule)
-    if name == "streamed" and schedule == "auto" and needs[1] and overlay and H >= 2 * ROW_ALIGN and n:
+    costs = head_costs(H, V, dtype, weight_dtype, device_type, needs[0])
+    size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
+    if name == "streamed" and schedule == "auto" and needs[1] and 0 < n <= costs.overlay(weight_size):
         whole = plan(
             n, H, V, dtype=dtype, device_type=device_type, needs=needs, workspace_bytes=workspace_bytes,
             schedule="overlaid", weight_dtype=weight_dtype, num_tokens=num_tokens,
         )  # fmt: skip
         if whole.overlaid_rows == n:
             return replace(whole, reason="the logits of all rows fit the memory of the weight's gradient")
-    costs = head_costs(H, V, dtype, weight_dtype, device_type, needs[0])
-    size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
     gradients = (1 if name in ("frozen", "streamed") else 2) + needs[0] + needs[1] if any(needs) else 1
     reuse = _Reuse()
     if name in ("frozen", "streamed"):
@@ -137,7 +136,7 @@ def plan(
         if workspace_bytes is None and schedule == "auto":
             most = max(1, min(budget, n * V * costs.tile // 4))
         reuse = _kept(n, V, most - workspace, costs, dtype, schedule, cacheable)
-        if schedule == "overlaid" or (schedule == "auto" and overlay and needs[1]):
+        if schedule == "overlaid" or (schedule == "auto" and needs[1]):
             sink = weight_size if n <= rows else max(4, weight_size)
             reuse = _overlaid(n, rows, sink, costs, schedule, reuse)
         workspace += reuse.transit * V * costs.tile

@@ -28,7 +28,6 @@ MIB = 2**20
         ({"needs": (True, True, False), "group_rows": 64}, "streamed", 3),
         ({"needs": (True, False, False), "group_rows": 64}, "streamed", 2),
         ({"needs": (True, True, False), "workspace_bytes": 2**34}, "cached", 3),
-        ({"needs": (True, True, False), "overlay": False}, "cached", 4 - 208 / 1024),
         ({"needs": (True, False, True)}, "cached", 3 - 208 / 1024),
     ],
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 
-from fastalign.cli.dpo import REQUIRED, dpo_settings, open_trainer, show_log
+from fastalign.cli.dpo import COMMAND
 from fastalign.cli.flags import Failure, UsageError, check_known, parse_argv, suggestion
+from fastalign.cli.training import show_log
 
-_BUILD_REQUIRED = {name: meaning for name, meaning in REQUIRED.items() if name != "output_dir"}
+_BUILD_REQUIRED = {name: meaning for name, meaning in COMMAND.required.items() if name != "output_dir"}
 
 HELP = """usage: fastalign cache build --config FILE.yaml [--NAME VALUE ...]
        fastalign cache inspect --cache_dir FOLDER
@@ -68,16 +69,16 @@ def _verify(argv: list[str]) -> None:
 
 def _build(argv: list[str]) -> None:
     summary = "Compute the reference log-probs that `fastalign dpo` looks up with the same settings."
-    given = dpo_settings(argv, "cache build", summary, _BUILD_REQUIRED)
+    given = COMMAND.settings(argv, command="cache build", summary=summary, required=_BUILD_REQUIRED)
     if given is None:
         return
 
-    from fastalign.trainers import DPOConfig
-
     with tempfile.TemporaryDirectory() as scratch:
-        config = DPOConfig(**(given | {"output_dir": scratch, "push_to_hub": False, "report_to": "none"}))
+        config = COMMAND.config_class()(**(given | {"output_dir": scratch, "push_to_hub": False, "report_to": "none"}))
         show_log(config.process_index == 0)
-        cache = open_trainer(config).reference_cache  # the trainer itself, so that it will ask for just these rows
+        cache = COMMAND.open_trainer(
+            config
+        ).reference_cache  # the trainer itself, so that it will ask for just these rows
     report = cache.report
     if report is not None and config.process_index == 0:
         print(

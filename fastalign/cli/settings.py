@@ -119,10 +119,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
+def own_fields(config_class: type) -> list[str]:
+    """The fields that our classes declare, in the order of the source; transformers' are the inherited ones."""
+    fields = config_fields(config_class)
+    ours = [cls for cls in config_class.__mro__ if cls is config_class or cls.__module__.startswith("fastalign.")]
+    return list(dict.fromkeys(name for cls in ours for name in cls.__annotations__ if name in fields))
+
+
 def help_text(config_class: type, command: str, summary: str, *, everything: bool = False) -> str:
     """Usage and one entry a field: those of `config_class` itself in full, inherited ones by name, or in full too."""
     fields, hints = config_fields(config_class), typing.get_type_hints(config_class)
-    own = [name for name in config_class.__annotations__ if name in fields]  # in the order of the source
+    own = own_fields(config_class)
     inherited = [name for name in fields if name not in own]
     lines = [
         f"usage: fastalign {command} [--config FILE.yaml] [--NAME VALUE ...]",

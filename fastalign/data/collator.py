@@ -26,12 +26,13 @@ class PreferenceCollator:
                                     if that is a completion token, else IGNORE_INDEX
         rows                        (n,) numpy int64, ascending: flat indices b·T + t of the n targets that count
         cu_seqlens                  (2P + 1,) numpy int32: sequence b has rows[cu_seqlens[b]:cu_seqlens[b + 1]]
+        groups, lengths             (2P,) numpy int64: the pair of each sequence, and its tokens without padding
         ref_per_token_logps         (n,) float32 in the order of rows        } only if given
         ref_logps                   (2P,) float32, their sums per sequence   }
 
-    T is the longest sequence, rounded up to a multiple of `pad_to_multiple_of`. `rows` and `cu_seqlens` are numpy so
-    that moving the batch to a device leaves them on the host, where they are needed. Lengths alone decide what is
-    padding: `pad_token_id` may be any token, the end-of-sequence token too.
+    T is the longest sequence, rounded up to a multiple of `pad_to_multiple_of`. What is numpy is needed on the host and
+    stays there when the batch is moved to a device. Lengths alone decide what is padding: `pad_token_id` may be any
+    token, the end-of-sequence token too.
 
     ValueError: no examples, an empty list of ids, or reference log-probs that do not match the completions.
     """
@@ -73,6 +74,8 @@ class PreferenceCollator:
             "targets": torch.from_numpy(targets),
             "rows": np.flatnonzero(counts),
             "cu_seqlens": cu_seqlens,
+            "groups": np.tile(np.arange(len(examples)), 2),
+            "lengths": lengths[:, 0],
         }
         return batch | _reference(examples, completion_lengths, cu_seqlens)
 

@@ -1,4 +1,4 @@
-"""What trainers on preference pairs share over transformers.Trainer: normalisation, micro-batches, metrics, saving."""
+"""What the trainers share over transformers.Trainer: normalisation, micro-batches, metrics, saving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -16,25 +16,25 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastalign.trainers.batches import Batch, num_pairs, sequence_lengths, split_batch
+from fastalign.trainers.batches import Batch, num_examples, sequence_lengths, split_batch
 from fastalign.trainers.export import save_merged
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
-from fastalign.trainers.reference import EXAMPLE_COLUMNS, REFERENCE_COLUMNS
 from fastalign.types import LossOutput, Metric
 
 STATE_FILE = "fastalign_state.json"
 
 
-class PairTrainer(Trainer):
-    """A Trainer for losses that are sums over pairs, on batches of `PreferenceCollator`. Subclasses give `pair_loss`.
+class FusedTrainer(Trainer):
+    """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
-    The loss of an optimizer step is the mean over all its pairs: of every micro-batch, accumulation step and process.
-    How a batch was split changes neither loss nor gradient, beyond rounding. Metrics are weighted by the same counts,
-    stay on the device and are fetched once per log line.
+    Subclasses give `batch_loss`, `num_items` and `columns`. The loss of an optimizer step is the mean over all its
+    items: of every micro-batch, accumulation step and process. How a batch was split changes neither loss nor gradient,
+    beyond rounding. Metrics are weighted by the same counts, stay on the device and are fetched once per log line.
     """
 
-    loss_is_scaled_for_ga = True  # `pair_loss` divides by the pairs of the whole step
+    loss_is_scaled_for_ga = True  # `batch_loss` divides by the items of the whole step
+    columns: ClassVar[tuple[str, ...]]  # of an example that the collator reads
 
     def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,21 +57,29 @@ class PairTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(MetricsProgress)
 
-    def pair_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
-        """Loss of a batch, its sum over pairs divided by num_items (None: by its own pairs), and its metrics."""
+    def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
+        """Loss of a batch, its sum over items divided by num_items (None: by its own items), and its metrics."""
         raise NotImplementedError
 
+    def num_items(self, batch: Batch) -> int:
+        """What the loss of a batch is a mean over; by default its examples."""
+        return num_examples(batch)
+
+    def summary_lines(self) -> list[str]:
+        """What the command line prints after a run, beside losses and metrics."""
+        return []
+
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*EXAMPLE_COLUMNS, *REFERENCE_COLUMNS, "row", self.args.length_column_name]
+        self._signature_columns = [*self.columns, "row", self.args.length_column_name]
 
     # ---- the step
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
-        """Pairs of an optimizer step, over its accumulation steps and all processes."""
-        pairs = sum(num_pairs(batch) for batch in batch_samples)
+        """Items of an optimizer step, over its accumulation steps and all processes."""
+        items = sum(self.num_items(batch) for batch in batch_samples)
         if self.accelerator.num_processes == 1:
-            return pairs
-        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
+            return items
+        return self.accelerator.reduce(torch.tensor(float(items), device=device), "sum")
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
         """Forward and backward of a device batch, in pieces of at most `micro_batch_tokens` padded tokens."""
@@ -99,7 +107,7 @@ class PairTrainer(Trainer):
     ) -> Any:
         if return_outputs:
             raise ValueError("return_outputs=True: no logits exist to return")
-        output = self.pair_loss(model, inputs, num_items_in_batch)
+        output = self.batch_loss(model, inputs, num_items_in_batch)
         self._train_meter.update(output.metrics)
         # data parallelism averages gradients over processes, and the loss is already a share of the global mean
         return output.loss * self.accelerator.num_processes if num_items_in_batch is not None else output.loss
@@ -111,25 +119,25 @@ class PairTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Adds a batch to the evaluation's metrics. The loss returned stands in for the one of `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
-        own = self._own_pairs(num_pairs(inputs))
-        # a process without pairs of its own takes part with weight zero, so that all report the same metrics
-        pieces = split_batch(inputs, self.micro_batch_tokens, pairs=max(own, 1))
+        own = self._own_examples(num_examples(inputs))
+        # a process without examples of its own takes part with weight zero, so that all report the same metrics
+        pieces = split_batch(inputs, self.micro_batch_tokens, examples=max(own, 1))
         for piece in pieces:
             with torch.no_grad(), self.compute_loss_context_manager():
-                output = self.pair_loss(model, piece, None)
-            pairs = torch.full_like(output.loss, num_pairs(piece))
-            metrics = {"loss": Metric(output.loss.detach() * pairs, pairs)} | output.metrics
+                output = self.batch_loss(model, piece, None)
+            items = torch.full_like(output.loss, self.num_items(piece))
+            metrics = {"loss": Metric(output.loss.detach() * items, items)} | output.metrics
             if own == 0:
                 metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
             self._eval_meter.update(metrics)
         return torch.zeros((), device=self.args.device), None, None
 
-    def _own_pairs(self, pairs: int) -> int:
-        """How many of the last batch's pairs are this process's: loaders fill it up with pairs from the beginning."""
+    def _own_examples(self, examples: int) -> int:
+        """How many of the last batch's are this process's: loaders fill it up with examples from the beginning."""
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return pairs
-        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+            return examples
+        return min(max(state.remainder - self.accelerator.process_index * examples, 0), examples)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._eval_meter.clear()

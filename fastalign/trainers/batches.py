@@ -1,8 +1,9 @@
-"""Cutting a padded preference batch between pairs.
+"""Cutting a padded batch between examples: pairs, lists or single sequences.
 
-A preference loss is a sum over pairs, so a batch may go through the model in pieces whose gradients add up to that of
-the whole. Pieces of pairs of like length need less padding, and only one piece's activations are alive at a time.
-Everything here is planned on the host from `rows` and `cu_seqlens`, without a device synchronisation.
+A loss that is a sum over examples may take a batch through the model in pieces whose gradients add up to that of the
+whole. Pieces of examples of like length need less padding, and only one piece's activations are alive at a time.
+Everything here is planned on the host from `groups`, `lengths`, `rows` and `cu_seqlens`, without a device
+synchronisation.
 """
 
 from __future__ import annotations
@@ -15,41 +16,50 @@ from torch import Tensor
 
 Batch = dict[str, Any]
 
-_PADDED = ("input_ids", "attention_mask", "targets")  # (2P, T)
+
+def sequence_groups(batch: Batch) -> np.ndarray:
+    """(S,) int64, on the host: the example that each sequence belongs to, numbered from 0."""
+    return np.asarray(batch["groups"])
 
 
-def num_pairs(batch: Batch) -> int:
-    """P, of a batch of `PreferenceCollator`."""
-    return (len(batch["cu_seqlens"]) - 1) // 2
+def num_examples(batch: Batch) -> int:
+    """How many pairs, lists or single sequences a batch holds."""
+    groups = sequence_groups(batch)
+    return int(groups.max()) + 1 if len(groups) else 0
 
 
 def sequence_lengths(batch: Batch) -> np.ndarray:
-    """(2P,) int64, on the host: tokens of each sequence without padding."""
-    width = batch["targets"].shape[1]
-    last = np.asarray(batch["rows"])[np.asarray(batch["cu_seqlens"][1:]) - 1]  # the row that predicts the last token
-    return last % width + 2
+    """(S,) int64, on the host: tokens of each sequence without padding."""
+    return np.asarray(batch["lengths"])
 
 
 def split_batch(
-    batch: Batch, max_tokens: int, *, pairs: int | None = None, multiple_of: int | None = None
+    batch: Batch, max_tokens: int, *, examples: int | None = None, multiple_of: int | None = None
 ) -> list[Batch]:
-    """The batch in pieces of whole pairs with at most `max_tokens` padded tokens each (one pair may have more).
+    """The batch in pieces of whole examples with at most `max_tokens` padded tokens each (one example may have more).
 
-    max_tokens: 0 makes one piece. pairs: keep only the first so many pairs. multiple_of: pieces' lengths are rounded
-    up to a multiple of it. Pieces come longest first, so that a lack of memory shows at once; within a piece pairs
+    max_tokens: 0 makes one piece. examples: keep only the first so many. multiple_of: pieces' lengths are rounded up
+    to a multiple of it. Pieces come longest first, so that a lack of memory shows at once; within a piece sequences
     keep their order.
+
+    Of the batch's other entries, tensors and arrays as long as it has sequences are cut by sequence, as long as it has
+    rows by row, as long as it has examples by example; where these counts are equal the cuts are too.
     """
-    total = num_pairs(batch)
-    kept = total if pairs is None else min(pairs, total)
+    total = num_examples(batch)
+    kept = total if examples is None else min(examples, total)
     if kept == 0:
         return []
-    lengths = sequence_lengths(batch)
-    longest = np.maximum(lengths[:total], lengths[total:])[:kept]
-    order = np.argsort(-longest, kind="stable")
+    groups, lengths = sequence_groups(batch), sequence_lengths(batch)
+    longest = np.zeros(total, dtype=np.int64)
+    np.maximum.at(longest, groups, lengths)
+    sizes = np.bincount(groups, minlength=total)
+    order = np.argsort(-longest[:kept], kind="stable")
     pieces: list[np.ndarray] = []
     start = 0
     while start < kept:
-        room = kept if max_tokens == 0 else max(max_tokens // (2 * int(longest[order[start]])), 1)
+        width = _rounded(int(longest[order[start]]), multiple_of)
+        tokens = np.cumsum(sizes[order[start:]]) * width
+        room = kept if max_tokens == 0 else max(int(np.searchsorted(tokens, max_tokens, side="right")), 1)
         pieces.append(np.sort(order[start : start + room]))
         start += room
     if len(pieces) == 1 and kept == total:
@@ -61,26 +71,37 @@ def _rounded(length: int, multiple_of: int | None) -> int:
     return length if multiple_of is None else length + -length % multiple_of
 
 
-def _take(batch: Batch, pairs: np.ndarray, width: int) -> Batch:
-    """The sub-batch of some pairs, cut or padded to nothing more than `width` columns."""
-    total = num_pairs(batch)
-    cu_seqlens, rows = np.asarray(batch["cu_seqlens"]), np.asarray(batch["rows"])
-    sequences = np.concatenate([pairs, pairs + total])
-    old_width = batch["targets"].shape[1]
+def _take(batch: Batch, examples: np.ndarray, width: int) -> Batch:
+    """The sub-batch of some examples, cut or padded to nothing more than `width` columns."""
+    groups, cu_seqlens, rows = sequence_groups(batch), np.asarray(batch["cu_seqlens"]), np.asarray(batch["rows"])
+    sequences = np.flatnonzero(np.isin(groups, examples))
+    old_width = batch["input_ids"].shape[1]
     width = min(width, old_width)
     spans = [np.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in sequences]
     taken = np.concatenate(spans)
     counts = np.array([len(span) for span in spans])
     shift = np.repeat(np.arange(len(sequences)), counts) * width
-    piece: Batch = {name: _select(batch[name], sequences)[:, :width] for name in _PADDED}
-    piece["rows"] = rows[taken] % old_width + shift
-    piece["cu_seqlens"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    if "ref_logps" in batch:
-        piece["ref_logps"] = _select(batch["ref_logps"], sequences)
-    if "ref_per_token_logps" in batch:
-        piece["ref_per_token_logps"] = _select(batch["ref_per_token_logps"], taken)
+    piece: Batch = {}
+    for name, value in batch.items():
+        if name == "groups":
+            piece[name] = np.searchsorted(examples, groups[sequences])
+        elif name == "rows":
+            piece[name] = rows[taken] % old_width + shift
+        elif name == "cu_seqlens":
+            piece[name] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        elif len(value) == len(groups):
+            part = _select(value, sequences)
+            piece[name] = part[:, :width] if value.ndim > 1 and value.shape[1] == old_width else part
+        elif len(value) == len(rows):
+            piece[name] = _select(value, taken)
+        elif len(value) == num_examples(batch):
+            piece[name] = _select(value, examples)
+        else:
+            raise ValueError(f"{name} of the batch has {len(value)} entries: neither one a sequence, row nor example")
     return piece
 
 
-def _select(tensor: Tensor, index: np.ndarray) -> Tensor:
-    return tensor.index_select(0, torch.from_numpy(index).to(tensor.device, non_blocking=True))
+def _select(values: Tensor | np.ndarray, index: np.ndarray) -> Tensor | np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values[index]
+    return values.index_select(0, torch.from_numpy(index).to(values.device, non_blocking=True))

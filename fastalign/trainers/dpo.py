@@ -17,23 +17,22 @@ from fastalign.linear import linear_dpo_loss
 from fastalign.models import Head, disable_dropout, fuse_head
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel
-from fastalign.trainers.base import PairTrainer
-from fastalign.trainers.batches import Batch, num_pairs
+from fastalign.trainers.base import FusedTrainer
+from fastalign.trainers.batches import Batch, num_examples
+from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
 from fastalign.trainers.dpo_config import (
     DEFAULT_CACHE_DIR,
-    DEFAULT_MICRO_BATCH_TOKENS,
     DEFAULT_REF_BATCH_TOKENS,
     DPOConfig,
-    by_device,
 )
-from fastalign.trainers.examples import Examples
-from fastalign.trainers.policy import (
+from fastalign.trainers.examples import preference_examples
+from fastalign.trainers.loading import (
     add_adapter,
     autocast_dtype,
     borrowed,
     check_trainable,
     checked_arguments,
-    load_policy,
+    load_model,
     load_tokenizer,
     lora_config,
     prepare_checkpointing,
@@ -41,6 +40,7 @@ from fastalign.trainers.policy import (
     separate_reference,
 )
 from fastalign.trainers.reference import (
+    EXAMPLE_COLUMNS,
     REFERENCE_COLUMNS,
     build_cache,
     check_cached,
@@ -54,7 +54,7 @@ from fastalign.types import LossOutput, Metric
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(PairTrainer):
+class DPOTrainer(FusedTrainer):
     """Trains a policy on preference pairs with DPO (arXiv 2305.18290) or a relative; see `fastalign.losses.dpo_loss`.
 
     The reference's per-token log-probs are computed once, kept on disk by content (`ReferenceCache`) and shared by
@@ -85,6 +85,7 @@ class DPOTrainer(PairTrainer):
     """
 
     args: DPOConfig
+    columns = (*EXAMPLE_COLUMNS, *REFERENCE_COLUMNS)
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class DPOTrainer(PairTrainer):
         model, args = checked_arguments(model, ref_model, args, compute_metrics)
         peft_config = lora_config(args, peft_config)
         self._autocast = autocast_dtype(args)
-        self._examples = Examples(load_tokenizer(processing_class, model, args), args)
+        self._examples = preference_examples(load_tokenizer(processing_class, model, args), args)
         self.data_reports = self._examples.reports
         train = self._examples.training(train_dataset)
         evaluation = self._examples.evaluation(eval_dataset)
@@ -117,7 +118,7 @@ class DPOTrainer(PairTrainer):
         separate = args.ref_model_name_or_path if ref_model is None else ref_model
         if separate is not None:  # before the policy is loaded: one model in memory at a time
             self._score_separate(separate, splits, args, peft_config is not None, quantization_config)
-        policy = load_policy(model, args, peft_config, quantization_config)
+        policy = load_model(model, args, peft_config, quantization_config)
         if args.disable_dropout:
             disable_dropout(policy)
         self._adapter = reference_adapter(policy)
@@ -138,7 +139,7 @@ class DPOTrainer(PairTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or self._examples.collator(),
+            data_collator=data_collator or self._examples.collator,
             train_dataset=None if train is None else with_reference(train, self.reference_cache),
             eval_dataset=joined.get("", joined or None),
             processing_class=self._examples.tokenizer,
@@ -245,19 +246,26 @@ class DPOTrainer(PairTrainer):
             )
         super().restore_run_state(state)
 
+    def summary_lines(self) -> list[str]:
+        report = self.reference_cache.report
+        if report is None:
+            return []
+        found = f"{report.cached} found, {report.computed} computed"
+        return [f"reference log-probs: {found}, in {self.reference_cache.path}"]
+
     # ---- loss
 
     def _loss_options(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in ("beta", "loss_type", "label_smoothing", "length_alpha")}
 
-    def pair_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
+    def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its pairs."""
         if not self._router_coef:
             return self._preference_loss(model, batch, num_items)
         # the router's loss counts tokens, so it needs the mask
         router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
         output, aux_loss = self._preference_loss(model, batch, num_items, **router)
-        pairs = num_pairs(batch)
+        pairs = num_examples(batch)
         share = 1.0 if num_items is None else pairs / num_items
         count = torch.full_like(aux_loss.detach(), pairs)
         metrics = output.metrics | {"aux_loss": Metric(aux_loss.detach() * count, count)}

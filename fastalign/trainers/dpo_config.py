@@ -1,142 +1,42 @@
-"""`DPOConfig`: every setting of DPO training, documented once, in its field's `help`."""
+"""`DPOConfig`: the settings of DPO training beside those that all trainers share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available
-
-from fastalign.data.formats import FORMATS
-from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
-from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.losses import DPO_LOSSES, check_dpo_options
-from fastalign.ops.backends import BACKENDS
-from fastalign.ops.schedule import SCHEDULES
+from fastalign.trainers.config import REFUSED, TrainerConfig, described
 
 DEFAULT_CACHE_DIR = "~/.cache/fastalign/reference"
-# Constants per device type, never derived from free memory: the same run does the same work everywhere.
-DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 DEFAULT_REF_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_REFUSED = "Not supported yet: any other value is refused."
-
-
-def _help(text: str, choices: tuple[str, ...] | None = None) -> dict[str, Any]:
-    return {"help": text} if choices is None else {"help": text, "choices": choices}
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
-    """Settings of `DPOTrainer`: TRL's names where TRL has one, over transformers' TrainingArguments.
-
-    Defaults that differ from TrainingArguments': learning_rate 1e-6, logging_steps 10, gradient_checkpointing True,
-    bf16 where the GPU computes in it (TRL's four); logging_nan_inf_filter False, because the filter hides a diverged
-    run and costs a device synchronisation a step.
+class DPOConfig(TrainerConfig):
+    """Settings of `DPOTrainer`: TRL's names where TRL has one, over `TrainerConfig`. learning_rate is 1e-6.
 
     Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
     """
 
-    # ---- TrainingArguments' fields with other defaults
-    learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate of AdamW."))
-    logging_steps: float = field(
-        default=10, metadata=_help("Log every so many optimizer steps; below 1, a share of all steps.")
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("Leave nan and inf out of the logged loss. Hides a diverged run.")
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Recompute activations in the backward: less memory, about a third more time. On unless set to false."
-        ),
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Compute in bfloat16 autocast over float32 weights. On by default where the GPU does so natively."
-        ),
-    )
-
-    # ---- model
-    model_name_or_path: str | None = field(
-        default=None, metadata=_help("Folder or hub name of the policy, which training starts from.")
-    )
-    model_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a hub model."))
+    learning_rate: float = field(default=1e-6, metadata=described("Peak learning rate of AdamW."))
     ref_model_name_or_path: str | None = field(
         default=None,
-        metadata=_help("Folder or hub name of the reference. By default the policy as it is before training."),
+        metadata=described("Folder or hub name of the reference. By default the policy as it is before training."),
     )
-    dtype: str = field(
-        default="auto",
-        metadata=_help(
-            "Precision the policy is loaded in. auto: float32 for weights that train, the checkpoint's own for a base "
-            "frozen under LoRA. bfloat16 trains in pure bfloat16, in which small updates round to nothing.",
-            choices=_DTYPES,
-        ),
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata=_help("Attention of transformers: sdpa, eager, flash_attention_2, ...")
-    )
-    trust_remote_code: bool = field(default=False, metadata=_help("Run model code that comes with a checkpoint."))
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata=_help("Further arguments of from_pretrained for the policy (and a reference given by name)."),
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata=_help("Turn off the dropout of the model that is handed in; a new adapter has lora_dropout."),
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata=_help("Weight of a mixture of experts' load-balancing loss; by default the model config's, 0 is off."),
-    )
-
-    # ---- data
-    dataset_name: str | None = field(default=None, metadata=_help("Preference data: a file, a folder or a hub name."))
-    dataset_config: str | None = field(default=None, metadata=_help("Configuration (subset) of a hub data set."))
-    dataset_train_split: str = field(
-        default="train", metadata=_help("Split to train on; slices as in train[:90%] are taken.")
-    )
-    dataset_test_split: str | None = field(default=None, metadata=_help("Split to evaluate on; none unless given."))
-    dataset_format: str = field(
-        default="auto",
-        metadata=_help(
-            "How rows reach the model: auto turns transcripts into chat where there is a template.", choices=FORMATS
-        ),
-    )
-    max_samples: int | None = field(default=None, metadata=_help("Read at most so many rows of each data set."))
-    max_length: int | None = field(
-        default=1024, metadata=_help("Tokens of prompt and response together; null is no limit.")
-    )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata=_help(
-            "What a longer pair loses: the responses' ends, or the prompt's start.", choices=TRUNCATION_MODES
-        ),
-    )
-    on_long_prompt: str = field(
-        default="drop",
-        metadata=_help("What becomes of a row whose prompt alone fills max_length.", choices=ON_LONG_PROMPT),
-    )
-    on_bad_row: str = field(
-        default="error", metadata=_help("Refuse a data set with bad rows, or leave them out.", choices=ON_BAD_ROW)
-    )
-    pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad sequences to a multiple of this length."))
 
     # ---- loss
-    beta: float = field(default=0.1, metadata=_help("Strength of the tie to the reference; in ipo the paper's tau."))
+    beta: float = field(
+        default=0.1, metadata=described("Strength of the tie to the reference; in ipo the paper's tau.")
+    )
     loss_type: str | list[str] = field(
-        default="sigmoid", metadata=_help("Variant of the preference loss.", choices=tuple(DPO_LOSSES))
+        default="sigmoid", metadata=described("Variant of the preference loss.", choices=tuple(DPO_LOSSES))
     )
     label_smoothing: float = field(
-        default=0.0, metadata=_help("Share of preferences taken to be flipped, in [0, 0.5).")
+        default=0.0, metadata=described("Share of preferences taken to be flipped, in [0, 0.5).")
     )
     length_alpha: float = field(
         default=0.0,
-        metadata=_help(
+        metadata=described(
             "Length penalty of R-DPO in reward units per token: a longer chosen response is pushed less. 0 is DPO."
         ),
     )
@@ -144,90 +44,44 @@ class DPOConfig(TrainingArguments):
     # ---- reference log-probs
     cache_dir: str | None = field(
         default=None,
-        metadata=_help(f"Folder of the reference log-probs, shared by all runs; by default {DEFAULT_CACHE_DIR}."),
+        metadata=described(f"Folder of the reference log-probs, shared by all runs; by default {DEFAULT_CACHE_DIR}."),
     )
     precompute_ref_batch_tokens: int | None = field(
         default=None,
-        metadata=_help(
+        metadata=described(
             "Padded tokens of one batch when reference log-probs are computed. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
             + "."
         ),
     )
-
-    # ---- engine
-    micro_batch_tokens: int | None = field(
-        default=None,
-        metadata=_help(
-            "Padded tokens of one forward and backward pass. A larger device batch is cut between pairs, longest "
-            "first, and its gradients added up: the same update with less padding and memory. 0 never cuts. By default "
-            + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_MICRO_BATCH_TOKENS.items())
-            + "."
-        ),
-    )
-    backend: str = field(
-        default="auto", metadata=_help("Implementation of the head's row kernels.", choices=("auto", *BACKENDS))
-    )
-    schedule: str = field(
-        default="auto", metadata=_help("Schedule of the head; auto streams pair by pair.", choices=("auto", *SCHEDULES))
-    )
-    workspace_mb: float | None = field(
-        default=None, metadata=_help("Working memory of the head in MiB; by default 128 on cpu, 1024 on cuda.")
-    )
     token_metrics: bool = field(
-        default=True, metadata=_help("Also log entropy, mean_token_accuracy, logits/chosen and logits/rejected.")
-    )
-
-    # ---- LoRA
-    use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter; the base stays frozen."))
-    lora_r: int = field(default=16, metadata=_help("Rank of the adapter."))
-    lora_alpha: int = field(
-        default=32, metadata=_help("Scale of the adapter: its update is multiplied by lora_alpha / lora_r.")
-    )
-    lora_dropout: float = field(default=0.0, metadata=_help("Dropout on the adapter's input."))
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata=_help("Modules that get an adapter; by default PEFT's choice.")
-    )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata=_help("Modules that train in full beside the adapter.")
-    )
-    merge_adapter: bool = field(
-        default=False, metadata=_help("Also save base and adapter merged into one model, in output_dir/merged.")
+        default=True, metadata=described("Also log entropy, mean_token_accuracy, logits/chosen and logits/rejected.")
     )
 
     # ---- TRL's options that are not supported, with the one value each may have
     precompute_ref_log_probs: bool = field(
-        default=True, metadata=_help("The reference is always scored beforehand; false is refused.")
+        default=True, metadata=described("The reference is always scored beforehand; false is refused.")
     )
     precompute_ref_batch_size: int | None = field(
-        default=None, metadata=_help(f"{_REFUSED} precompute_ref_batch_tokens bounds a batch.")
+        default=None, metadata=described(f"{REFUSED} precompute_ref_batch_tokens bounds a batch.")
     )
-    loss_weights: list[float] | None = field(default=None, metadata=_help(_REFUSED))
-    ld_alpha: float | None = field(default=None, metadata=_help(_REFUSED))
-    f_divergence_type: str = field(default="reverse_kl", metadata=_help(_REFUSED))
-    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help(_REFUSED))
-    discopop_tau: float = field(default=0.05, metadata=_help(_REFUSED))
-    use_weighting: bool = field(default=False, metadata=_help(_REFUSED))
-    padding_free: bool = field(default=False, metadata=_help(_REFUSED))
-    sync_ref_model: bool = field(default=False, metadata=_help(_REFUSED))
-    ref_model_mixup_alpha: float = field(default=0.6, metadata=_help(_REFUSED))
-    ref_model_sync_steps: int = field(default=512, metadata=_help(_REFUSED))
-    activation_offloading: bool = field(default=False, metadata=_help(_REFUSED))
-    dataset_num_proc: int | None = field(
-        default=None, metadata=_help(f"{_REFUSED} Tokenisation is batched in one process.")
-    )
-    pad_token: str | None = field(
-        default=None, metadata=_help(f"{_REFUSED} Set it on the tokenizer; any token will do.")
-    )
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    loss_weights: list[float] | None = field(default=None, metadata=described(REFUSED))
+    ld_alpha: float | None = field(default=None, metadata=described(REFUSED))
+    f_divergence_type: str = field(default="reverse_kl", metadata=described(REFUSED))
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=described(REFUSED))
+    discopop_tau: float = field(default=0.05, metadata=described(REFUSED))
+    use_weighting: bool = field(default=False, metadata=described(REFUSED))
+    sync_ref_model: bool = field(default=False, metadata=described(REFUSED))
+    ref_model_mixup_alpha: float = field(default=0.6, metadata=described(REFUSED))
+    ref_model_sync_steps: int = field(default=512, metadata=described(REFUSED))
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        self._resolve_checkpointing()
         super().__post_init__()
-        self._refuse_unsupported()
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=False is not supported: the reference is always scored beforehand; "
+                "accepted is True"
+            )
         if isinstance(self.loss_type, list):
             if len(self.loss_type) != 1:
                 raise ValueError(
@@ -240,58 +94,5 @@ class DPOConfig(TrainingArguments):
             label_smoothing=self.label_smoothing,
             length_alpha=self.length_alpha,
         )
-        self._check_values()
-
-    def _resolve_checkpointing(self) -> None:
-        """On by default. Newer transformers call it activation_checkpointing and warn of the name that people know."""
-        for suffix in ("", "_kwargs"):
-            old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
-            if hasattr(self, new):
-                if getattr(self, new) is None:
-                    setattr(self, new, getattr(self, old))
-                setattr(self, old, None)
-        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
-        if getattr(self, name) is None:
-            setattr(self, name, True)
-
-    def _refuse_unsupported(self) -> None:
-        fields = type(self).__dataclass_fields__
-        for name, spec in fields.items():
-            refused = spec.metadata.get("help", "").startswith(_REFUSED) or name == "precompute_ref_log_probs"
-            if refused and getattr(self, name) != spec.default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported yet; accepted is {spec.default!r}. "
-                    + spec.metadata["help"].removeprefix(_REFUSED).strip()
-                )
-        others = {
-            "label_smoothing_factor": (0, "the preference loss has label_smoothing"),
-            "use_liger_kernel": (False, "it replaces the forward that hands hidden states to the fused head"),
-            "torch_compile": (False, "the loss enters the forward as a function of each batch"),
-            "deepspeed": (None, "run with DistributedDataParallel"),
-            "batch_eval_metrics": (False, "no logits exist to compute metrics from"),
-        }
-        for name, (accepted, reason) in others.items():
-            if getattr(self, name, accepted) != accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}; accepted is {accepted!r}")
-        if self.fsdp:
-            raise ValueError("fsdp is not supported yet: run with DistributedDataParallel")
-
-    def _check_values(self) -> None:
-        positive = ("precompute_ref_batch_tokens", "lora_r", "lora_alpha", "workspace_mb")
-        for name in positive:
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name}={value}: it must be positive")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 0:
-            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens}: a number of tokens, or 0 for no limit")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: it must be in [0, 1)")
-        if self.dtype in ("bfloat16", "float16") and self.fp16:
-            raise ValueError(f"dtype={self.dtype!r} with fp16=True: the gradient scaler needs float32 weights")
-        for name, choices in (("dtype", _DTYPES), ("dataset_format", FORMATS), ("on_bad_row", ON_BAD_ROW)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
-
-
-def by_device(given: int | None, defaults: dict[str, int], args: DPOConfig) -> int:
-    """A setting, or its default for the device of this run."""
-    return defaults.get(args.device.type, defaults["cuda"]) if given is None else given
+        if (tokens := self.precompute_ref_batch_tokens) is not None and tokens <= 0:
+            raise ValueError(f"precompute_ref_batch_tokens={tokens}: it must be positive")

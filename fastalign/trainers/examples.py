@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from fastalign.data import DataReport, PreferenceCollator, prepare_preferences
+from fastalign.trainers.config import TrainerConfig
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.reference import EXAMPLE_COLUMNS, list_lengths, pair_lengths
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Examples:
-    """Tokenises data sets by a config's settings and keeps the report of each."""
+    """Tokenises data sets by a config's settings and keeps the report of each.
 
-    def __init__(self, tokenizer: Any, args: DPOConfig) -> None:
-        self.tokenizer, self.args = tokenizer, args
-        self.reports: dict[str, DataReport] = {}
+    tokenizer   a transformers tokenizer
+    args        the trainer's config
+    tokenize    from (data set, tokenizer, split=, config=, max_samples=) to (dataset, report)
+    columns     of token ids, that a tokenised example has; a Dataset that has them all is only checked
+    lengths     from a tokenised data set to the tokens of each example (of its longest sequence)
+    collator    from examples to a batch
+    """
+
+    tokenizer: Any
+    args: TrainerConfig
+    tokenize: Callable[..., tuple[Dataset, DataReport]]
+    columns: Sequence[str]
+    lengths: Callable[[Dataset], np.ndarray]
+    collator: Callable[[list[Any]], dict[str, Any]]
+    reports: dict[str, DataReport] = field(default_factory=dict)
 
     def prepare(self, dataset: Any, name: str, split: str | None = None) -> Dataset:
-        """Columns prompt_ids, chosen_ids, rejected_ids, row. A Dataset that has the first three is only checked."""
+        """A tokenised data set: `columns` and row."""
         args = self.args
-        if isinstance(dataset, Dataset) and set(EXAMPLE_COLUMNS) <= set(dataset.column_names):
-            return _checked(dataset, args.max_length)
+        if isinstance(dataset, Dataset) and set(self.columns) <= set(dataset.column_names):
+            return self._checked(dataset)
         named = isinstance(dataset, str)
-        prepared = prepare_preferences(
+        prepared, report = self.tokenize(
             dataset,
             self.tokenizer,
             split=split if named else None,
             config=args.dataset_config if named else None,
             max_samples=args.max_samples,
-            format=args.dataset_format,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            on_long_prompt=args.on_long_prompt,
-            on_bad_row=args.on_bad_row,
         )
-        self.reports[name] = prepared.report
-        lost = prepared.report.bad or prepared.report.dropped
-        logger.log(logging.WARNING if lost else logging.INFO, "%s data: %s", name, prepared.report)
-        return prepared.dataset
+        self.reports[name] = report
+        lost = report.bad or report.dropped
+        logger.log(logging.WARNING if lost else logging.INFO, "%s data: %s", name, report)
+        return prepared
 
     def training(self, dataset: Any) -> Dataset | None:
         """The training set that was given, or the config's."""
@@ -64,23 +75,43 @@ class Examples:
             return {name: self.prepare(part, name) for name, part in dataset.items()}
         return {"": self.prepare(dataset, "eval")}
 
-    def collator(self) -> PreferenceCollator:
-        """Padding with the pad token, or any other: padding is told from its place."""
-        tokenizer = self.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return PreferenceCollator(0 if pad is None else pad, pad_to_multiple_of=self.args.pad_to_multiple_of)
+    def _checked(self, dataset: Dataset) -> Dataset:
+        """An already tokenised data set, or ValueError naming the first row that is empty or too long."""
+        for name in self.columns:
+            if len(empty := np.flatnonzero(list_lengths(dataset, name) == 0)):
+                raise ValueError(f"{name} of row {empty[0]} of the tokenised data set is empty")
+        lengths, max_length = self.lengths(dataset), self.args.max_length
+        if max_length is not None and len(lengths) and lengths.max() > max_length:
+            row = int(np.argmax(lengths > max_length))
+            raise ValueError(
+                f"row {row} of the tokenised data set has {lengths[row]} tokens, max_length={max_length} is accepted; "
+                "cut it when tokenising, or raise max_length"
+            )
+        return dataset
 
 
-def _checked(dataset: Dataset, max_length: int | None) -> Dataset:
-    """An already tokenised data set, or ValueError naming the first row that is empty or too long."""
-    for name in EXAMPLE_COLUMNS:
-        if len(empty := np.flatnonzero(list_lengths(dataset, name) == 0)):
-            raise ValueError(f"{name} of row {empty[0]} of the tokenised data set is empty")
-    lengths = pair_lengths(dataset)
-    if max_length is not None and len(lengths) and lengths.max() > max_length:
-        row = int(np.argmax(lengths > max_length))
-        raise ValueError(
-            f"row {row} of the tokenised data set has {lengths[row]} tokens, max_length={max_length} is accepted; "
-            "cut it when tokenising, or raise max_length"
-        )
-    return dataset
+def padding_id(tokenizer: Any) -> int:
+    """The pad token, or any other where there is none: padding is told from its place."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if pad is None else pad
+
+
+def row_options(args: TrainerConfig) -> dict[str, Any]:
+    """How a config wants rows to be read and cut: keyword arguments of the `prepare_*` functions of fastalign.data."""
+    return {
+        "format": args.dataset_format,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        "on_long_prompt": args.on_long_prompt,
+        "on_bad_row": args.on_bad_row,
+    }
+
+
+def preference_examples(tokenizer: Any, args: DPOConfig) -> Examples:
+    """Pairs: prompt_ids, chosen_ids, rejected_ids."""
+
+    def tokenize(dataset: Any, tokenizer: Any, **options: Any) -> tuple[Dataset, DataReport]:
+        return prepare_preferences(dataset, tokenizer, **options, **row_options(args))
+
+    collator = PreferenceCollator(padding_id(tokenizer), pad_to_multiple_of=args.pad_to_multiple_of)
+    return Examples(tokenizer, args, tokenize, EXAMPLE_COLUMNS, pair_lengths, collator)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastalign.losses import dpo_loss
 from fastalign.models import Head
 from fastalign.ops import linear_logps
-from fastalign.trainers.batches import Batch, num_pairs
+from fastalign.trainers.batches import Batch, num_examples
 from fastalign.trainers.reference import ReferenceMismatchError, compare_logps
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_start(
     with torch.no_grad(), evaluating(model), autocast:
         fresh = model(input_ids=batch["input_ids"], head_fn=score).float().cpu().numpy()
         loss = float(loss_fn(model, batch))
-    pairs, cuts = num_pairs(batch), batch["cu_seqlens"][1:-1]
+    pairs, cuts = num_examples(batch), batch["cu_seqlens"][1:-1]
     turns = np.arange(2 * pairs).reshape(2, pairs).T.flatten()  # chosen, rejected, chosen, ...
     fresh_parts, cached_parts = (np.split(x, cuts) for x in (fresh, batch["ref_per_token_logps"].cpu().numpy()))
     worst = compare_logps(

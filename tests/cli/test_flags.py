@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.cli.dpo import CONFIG_CLASS
+from fastalign.cli.dpo import COMMAND
 from fastalign.cli.flags import Raw, UsageError, collect, dataclass_field_names, load_yaml, parse_argv
 
 KNOWN = ["beta", "loss_type", "learning_rate", "max_steps", "bf16", "report_to"]
@@ -111,7 +111,7 @@ def test_field_names_from_source_are_those_of_the_class():
     from fastalign.trainers import DPOConfig
 
     expected = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
-    assert dataclass_field_names(*CONFIG_CLASS) == expected
+    assert dataclass_field_names(*COMMAND.config) == expected
 
 
 def test_field_names_that_cannot_be_read_from_source():

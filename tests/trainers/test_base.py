@@ -71,7 +71,7 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
     expected = run(kit, per_device_train_batch_size=8)
     from fastalign.trainers import DPOTrainer
 
-    original = DPOTrainer.pair_loss
+    original = DPOTrainer.batch_loss
 
     def masked(self, model, batch, num_items):
         def call(input_ids, head_fn):
@@ -79,7 +79,7 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
 
         return original(self, call, batch, num_items)
 
-    monkeypatch.setattr(DPOTrainer, "pair_loss", masked)
+    monkeypatch.setattr(DPOTrainer, "batch_loss", masked)
     kit.assert_same(run(kit, per_device_train_batch_size=8)[0], expected[0], **EXACT)
 
 

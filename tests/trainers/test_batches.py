@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign.data import PreferenceCollator
-from fastalign.trainers.batches import num_pairs, sequence_lengths, split_batch
+from fastalign.trainers.batches import num_examples, sequence_lengths, split_batch
 
 IDS = st.lists(st.integers(1, 50), min_size=1, max_size=9)
 EXAMPLE = st.fixed_dictionaries({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
@@ -39,12 +39,12 @@ def assert_same_batch(got, expected):
 def test_pieces_are_the_batches_of_their_pairs(examples, max_tokens, multiple_of, keep):
     examples = with_reference(examples)
     collate = PreferenceCollator(0, pad_to_multiple_of=multiple_of)
-    pieces = split_batch(collate(examples), max_tokens, pairs=keep, multiple_of=multiple_of)
+    pieces = split_batch(collate(examples), max_tokens, examples=keep, multiple_of=multiple_of)
     kept = examples[:keep]
     order = sorted(range(len(kept)), key=lambda i: -longest(kept[i]))
     taken = []
     for piece in pieces:
-        pairs = num_pairs(piece)
+        pairs = num_examples(piece)
         members = sorted(order[len(taken) : len(taken) + pairs])
         assert_same_batch(piece, collate([kept[i] for i in members]))
         width = max(longest(kept[i]) for i in members)
@@ -71,4 +71,4 @@ def test_a_batch_that_fits_is_left_as_it_is(max_tokens):
 
 def test_no_pairs_give_no_pieces():
     batch = PreferenceCollator(0)([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
-    assert split_batch(batch, 0, pairs=0) == []
+    assert split_batch(batch, 0, examples=0) == []

@@ -1,10 +1,10 @@
-"""The policy before training: loading, precision, adapters, tokenizer."""
+"""A model before training: loading, precision, adapters, tokenizer."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from fastalign.models import has_router_loss, load_causal_lm, upcast_trainable
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
+from fastalign.trainers.config import TrainerConfig
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.reference import reference_adapter
 
@@ -47,7 +48,7 @@ def checked_arguments(
     return model, args
 
 
-def load_tokenizer(processing_class: Any, model: str | nn.Module, args: DPOConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(processing_class: Any, model: str | nn.Module, args: TrainerConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that was given, or the one saved beside the model (beside its base model, for a bare adapter).
 
     Raises ValueError for anything that is no tokenizer.
@@ -70,7 +71,7 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, args: DPOConfi
     return processing_class
 
 
-def loading_arguments(args: DPOConfig, quantization_config: Any = None) -> dict[str, Any]:
+def loading_arguments(args: TrainerConfig, quantization_config: Any = None) -> dict[str, Any]:
     """What `from_pretrained` gets beside name and dtype. ValueError if a setting is given twice."""
     given = args.model_init_kwargs or {}
     if not isinstance(given, dict):
@@ -87,8 +88,8 @@ def loading_arguments(args: DPOConfig, quantization_config: Any = None) -> dict[
     return own | given
 
 
-def resolve_dtype(args: DPOConfig, arguments: dict[str, Any], with_adapter: bool) -> str:
-    """The precision to load in; see DPOConfig.dtype. A dtype in model_init_kwargs counts as given."""
+def resolve_dtype(args: TrainerConfig, arguments: dict[str, Any], with_adapter: bool) -> str:
+    """The precision to load in; see TrainerConfig.dtype. A dtype in model_init_kwargs counts as given."""
     given = str(arguments.pop("dtype", arguments.pop("torch_dtype", args.dtype))).removeprefix("torch.")
     if given != "auto":
         return given
@@ -96,7 +97,7 @@ def resolve_dtype(args: DPOConfig, arguments: dict[str, Any], with_adapter: bool
 
 
 def separate_reference(
-    ref_model: str | nn.Module, args: DPOConfig, with_adapter: bool, quantization_config: Any
+    ref_model: str | nn.Module, args: TrainerConfig, with_adapter: bool, quantization_config: Any
 ) -> ReferenceModel:
     """A reference that is not the policy's initial state. One given by name is loaded only when it is needed."""
     autocast = autocast_dtype(args)
@@ -129,13 +130,18 @@ def _is_movable(model: nn.Module) -> bool:
     return getattr(base, "quantization_method", None) is None and getattr(base, "hf_device_map", None) is None
 
 
-def load_policy(
-    source: str | nn.Module, args: DPOConfig, peft_config: PeftConfig | None, quantization_config: Any
+def load_model(
+    source: str | nn.Module,
+    args: TrainerConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    *,
+    load: Callable[..., PreTrainedModel] = load_causal_lm,
 ) -> nn.Module:
-    """The policy on its device, in the precision it trains in, before any new adapter."""
+    """A model on its device, in the precision it trains in, before any new adapter. `load(name, dtype=)` makes it."""
     model: nn.Module
     if isinstance(source, str):
-        model = _load(source, args, peft_config, quantization_config)
+        model = _load(source, args, peft_config, quantization_config, load)
     else:
         model = source
         for name, value in (
@@ -157,13 +163,17 @@ def load_policy(
 
 
 def _load(
-    name: str, args: DPOConfig, peft_config: PeftConfig | None, quantization_config: Any
+    name: str,
+    args: TrainerConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    load: Callable[..., PreTrainedModel],
 ) -> PreTrainedModel | PeftModel:
     """A model by name; a folder with an adapter stands for its base model with that adapter, which is trained on."""
     arguments = loading_arguments(args, quantization_config)
     base = adapter_base(name)
     dtype = resolve_dtype(args, arguments, base is not None or peft_config is not None)
-    model = load_causal_lm(base or name, dtype=dtype, **arguments)
+    model = load(base or name, dtype=dtype, **arguments)
     return model if base is None else PeftModel.from_pretrained(model, name, is_trainable=True)
 
 
@@ -178,7 +188,7 @@ def adapter_base(name: str) -> str | None:
     return base
 
 
-def use_full_precision(model: nn.Module, args: DPOConfig) -> None:
+def use_full_precision(model: nn.Module, args: TrainerConfig) -> None:
     """Trainable 16-bit weights become float32, unless `dtype` asks for pure 16-bit training of a whole model."""
     if args.dtype in ("bfloat16", "float16") and not isinstance(model, PeftModel):
         logger.warning(
@@ -190,7 +200,9 @@ def use_full_precision(model: nn.Module, args: DPOConfig) -> None:
         logger.warning("%d trainable 16-bit tensors were turned into float32; dtype='bfloat16' keeps them", count)
 
 
-def lora_config(args: DPOConfig, peft_config: PeftConfig | None) -> PeftConfig | None:
+def lora_config(
+    args: TrainerConfig, peft_config: PeftConfig | None, *, task_type: TaskType = TaskType.CAUSAL_LM
+) -> PeftConfig | None:
     """The adapter to train: the one given, or LoRA from the config's fields. ValueError for settings without effect."""
     if peft_config is not None:
         if args.use_peft:
@@ -203,12 +215,12 @@ def lora_config(args: DPOConfig, peft_config: PeftConfig | None) -> PeftConfig |
             )
         return peft_config
     if not args.use_peft:
-        for name, spec in DPOConfig.__dataclass_fields__.items():
+        for name, spec in type(args).__dataclass_fields__.items():
             if name.startswith("lora_") and getattr(args, name) != spec.default:
                 raise ValueError(f"{name}={getattr(args, name)!r} has no effect without use_peft=True")
         return None
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -217,14 +229,14 @@ def lora_config(args: DPOConfig, peft_config: PeftConfig | None) -> PeftConfig |
     )
 
 
-def add_adapter(model: nn.Module, peft_config: PeftConfig, args: DPOConfig) -> PeftModel:
+def add_adapter(model: nn.Module, peft_config: PeftConfig, args: TrainerConfig) -> PeftModel:
     """The policy under a new adapter whose weights are float32."""
     model = get_peft_model(model, peft_config)
     use_full_precision(model, args)
     return model
 
 
-def prepare_checkpointing(model: nn.Module, args: DPOConfig) -> None:
+def prepare_checkpointing(model: nn.Module, args: TrainerConfig) -> None:
     """Reentrant checkpointing passes gradients only through inputs that require them; a frozen embedding's do not."""
     if (
         isinstance(model, PeftModel)
@@ -241,12 +253,12 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
+def autocast_dtype(args: TrainerConfig) -> torch.dtype | None:
     """What Trainer's autocast computes in, or None."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def router_coefficient(policy: nn.Module, args: DPOConfig) -> float:
+def router_coefficient(policy: nn.Module, args: TrainerConfig) -> float:
     """The weight of the load-balancing loss: the config's, or the model's own; 0 for a model without one."""
     given, base = args.router_aux_loss_coef, base_causal_lm(policy)
     if not has_router_loss(policy):

@@ -16,6 +16,7 @@ from fastalign.losses.policy import (
 from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
 from fastalign.losses.rewards import bradley_terry_loss, ranking_loss
+from fastalign.losses.shaping import RunningMoments, shape_scores, token_rewards
 from fastalign.losses.value import value_loss
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "REDUCTIONS",
     "DPOLoss",
+    "RunningMoments",
     "bradley_terry_loss",
     "check_dpo_options",
     "check_policy_options",
@@ -41,7 +43,9 @@ __all__ = [
     "ppo_penalty_loss",
     "ranking_loss",
     "reduce_losses",
+    "shape_scores",
     "summarize",
+    "token_rewards",
     "token_weights",
     "value_loss",
 ]

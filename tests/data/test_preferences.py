@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-import fastalign.data.preferences as preferences
+import fastalign.data.preparation as preparation
 from fastalign.data import BadRowsError, PreferenceCollator, Reason, load_rows, prepare_preferences
 
 SECRET = "zebra"  # stands in every row below and must stand in no report
@@ -149,7 +149,7 @@ def test_merged_boundaries_and_missing_ends_are_counted(byte_bpe):
 def test_the_size_of_a_batch_changes_nothing(tokenizer, monkeypatch: pytest.MonkeyPatch):
     rows = [*STRINGS, BAD[Reason.MISSING_KEY], MESSAGES, BAD[Reason.TEMPLATE], STRINGS[0]]
     whole = prepare_preferences(rows, tokenizer, on_bad_row="skip")
-    monkeypatch.setattr(preferences, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(preparation, "_BATCH_ROWS", 2)
     parts = prepare_preferences(rows, tokenizer, on_bad_row="skip")
     assert _examples(parts.dataset) == _examples(whole.dataset)
     assert parts.report == whole.report

@@ -4,6 +4,7 @@ from fastalign.data.collator import PreferenceCollator
 from fastalign.data.formats import FORMATS
 from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
+from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
 from fastalign.data.sources import load_rows
 
@@ -17,7 +18,10 @@ __all__ = [
     "DataReport",
     "PreferenceCollator",
     "PreferenceData",
+    "PromptColumns",
+    "PromptData",
     "Reason",
     "load_rows",
     "prepare_preferences",
+    "prepare_prompts",
 ]

@@ -58,6 +58,29 @@ def from_transcripts(chosen: str, rejected: str, *, chat: bool) -> Pair:
     return ChatPair(chosen_messages[:-1], chosen_messages[-1], rejected_messages[-1], "transcript as chat")
 
 
+def is_transcript(value: Any) -> bool:
+    """Whether a value is text that begins with a Human turn."""
+    return isinstance(value, str) and value.startswith(_HUMAN)
+
+
+def split_transcript(transcript: str, *, chat: bool) -> tuple[str | list[Message], str | Message | None]:
+    """(everything up to the header of the answer, the last Assistant turn or None); as in `from_transcripts`.
+
+    A transcript that ends with a Human turn, or with an Assistant's header and nothing behind it, has no answer.
+    RowError: nothing comes before the answer, or an Assistant turn does.
+    """
+    turns = _turns(transcript)
+    last = turns.pop()[1] if turns[-1][0] == _ASSISTANT else None
+    if not turns or turns[-1][0] != _HUMAN:
+        raise RowError(Reason.WRONG_ROLE, "the transcript has no Human turn before its last Assistant turn")
+    answered = last is not None and last.strip()
+    if not chat:
+        prompt = "".join(header + text for header, text in [*turns, (_ASSISTANT, "")])
+        return prompt, last if answered else None
+    messages = [{"role": _ROLE_OF[header], "content": text.strip()} for header, text in turns]
+    return messages, {"role": "assistant", "content": answered} if answered else None
+
+
 def _turns(transcript: str) -> list[tuple[str, str]]:
     """[(header, text), ...]; nothing for a text that does not begin with a header."""
     before, *parts = _TURN.split(transcript)
@@ -77,8 +100,8 @@ def from_messages(row: dict[str, Any]) -> ChatPair:
 
     RowError: malformed messages, no common prompt, or responses other than one assistant message after it.
     """
-    chosen = _messages(row["chosen"], "chosen", "assistant")
-    rejected = _messages(row["rejected"], "rejected", "assistant")
+    chosen = messages_of(row["chosen"], "chosen", "assistant")
+    rejected = messages_of(row["rejected"], "rejected", "assistant")
     shared = _common_turns(chosen, rejected)
     given = row.get("prompt")
     if given is None:
@@ -86,7 +109,7 @@ def from_messages(row: dict[str, Any]) -> ChatPair:
             raise RowError(Reason.NO_COMMON_PROMPT, "chosen and rejected have no first message in common")
         prompt = shared
     else:
-        prompt = _messages(given, "prompt", "user")
+        prompt = messages_of(given, "prompt", "user")
         if isinstance(given, str) and shared:  # the responses are whole conversations, prompt repeats a message of them
             if not any(message["content"].strip() == given.strip() for message in shared):
                 raise RowError(Reason.NO_COMMON_PROMPT, "prompt is no message that chosen and rejected share")
@@ -113,7 +136,8 @@ def _response(messages: list[Message], prompt: list[Message], name: str) -> Mess
     return messages[0]
 
 
-def _messages(value: str | list[Any], name: str, role: str) -> list[Message]:
+def messages_of(value: str | list[Any], name: str, role: str) -> list[Message]:
+    """A list of checked messages; a string stands for one message of `role`. RowError: a malformed message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]

@@ -41,20 +41,14 @@ def pair_parser(format: str, has_template: bool) -> Callable[[Any], Pair]:
 
     It raises RowError for a bad row. ValueError, here: unknown format, or format "chat" without a template.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r} is unknown; accepted are {', '.join(map(repr, FORMATS))}")
-    if format == "chat" and not has_template:
-        raise ValueError("format='chat' needs a chat template, and the tokenizer has none; set tokenizer.chat_template")
-    chat = has_template and format != "text"
+    chat = uses_chat(format, has_template)
 
     def parse(row: Any) -> Pair:
         pair: Pair
-        row = _checked_row(row)
-        template_kwargs = _template_kwargs(row)
+        row = checked_row(row, ("chosen", "rejected"), ("prompt",))
+        template_kwargs = template_kwargs_of(row)
         if not all(isinstance(row.get(key, ""), str) for key in ("prompt", "chosen", "rejected")):
-            if not chat:
-                why = "format='text'" if has_template else "the tokenizer has none"
-                raise RowError(Reason.UNSUPPORTED, f"messages need a chat template, and {why}")
+            needs_chat(chat, has_template)
             pair = from_messages(row)
         elif (transcripts := transcripts_of(row)) is not None:
             pair = from_transcripts(*transcripts, chat=chat)
@@ -66,8 +60,8 @@ def pair_parser(format: str, has_template: bool) -> Callable[[Any], Pair]:
             pair = _from_strings(row)
         if isinstance(pair, ChatPair):
             pair.template_kwargs = template_kwargs
-        elif template_kwargs:
-            raise RowError(Reason.UNSUPPORTED, f"{' and '.join(template_kwargs)} with plain text: no template takes it")
+        else:
+            takes_no_template(template_kwargs)
         _check_pair(pair)
         return pair
 
@@ -77,17 +71,42 @@ def pair_parser(format: str, has_template: bool) -> Callable[[Any], Pair]:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def _checked_row(row: Any) -> dict[str, Any]:
-    """The row without its None values: a columnar source gives every row every key."""
+def uses_chat(format: str, has_template: bool) -> bool:
+    """Whether conversations go through a chat template. ValueError: unknown format, or "chat" without a template."""
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; accepted are {', '.join(map(repr, FORMATS))}")
+    if format == "chat" and not has_template:
+        raise ValueError("format='chat' needs a chat template, and the tokenizer has none; set tokenizer.chat_template")
+    return has_template and format != "text"
+
+
+def needs_chat(chat: bool, has_template: bool) -> None:
+    """RowError where messages were found and cannot be rendered."""
+    if not chat:
+        why = "format='text'" if has_template else "the tokenizer has none"
+        raise RowError(Reason.UNSUPPORTED, f"messages need a chat template, and {why}")
+
+
+def takes_no_template(template_kwargs: dict[str, Any]) -> None:
+    """RowError where plain text comes with what only a template could take."""
+    if template_kwargs:
+        raise RowError(Reason.UNSUPPORTED, f"{' and '.join(template_kwargs)} with plain text: no template takes it")
+
+
+def checked_row(row: Any, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The row without its None values: a columnar source gives every row every key.
+
+    RowError: no object, an image, a `required` key is missing, or a key of either is neither text nor messages.
+    """
     if isinstance(row, Unreadable):
         raise RowError(Reason.UNREADABLE, row.detail)
     if not isinstance(row, dict):
         raise RowError(Reason.WRONG_TYPE, f"the row is a {type(row).__name__}, not an object with keys")
     row = {key: value for key, value in row.items() if value is not None}
-    missing = [key for key in ("chosen", "rejected") if key not in row]
+    missing = [key for key in required if key not in row]
     if missing:
         raise RowError(Reason.MISSING_KEY, f"no {' and no '.join(missing)}")
-    for key in ("prompt", "chosen", "rejected"):
+    for key in (*optional, *required):
         if key in row and not isinstance(row[key], str | list):
             found = type(row[key]).__name__
             raise RowError(Reason.WRONG_TYPE, f"{key} is a {found}, not a string or a list of messages")
@@ -97,7 +116,8 @@ def _checked_row(row: Any) -> dict[str, Any]:
     return row
 
 
-def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row passes to the chat template. RowError: `tools` or `chat_template_kwargs` that cannot be taken."""
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         raise RowError(Reason.WRONG_TYPE, f"chat_template_kwargs is a {type(kwargs).__name__}, not an object")
@@ -115,16 +135,17 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_pair(pair: Pair) -> None:
     prompt = [pair.prompt] if isinstance(pair, TextPair) else pair.prompt
-    if all(map(_is_empty, prompt)):
+    if all(map(is_empty, prompt)):
         raise RowError(Reason.EMPTY_PROMPT, "nothing comes before the responses")
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if _is_empty(response):
+        if is_empty(response):
             raise RowError(Reason.EMPTY_RESPONSE, name)
     if pair.chosen == pair.rejected:
         raise RowError(Reason.IDENTICAL, "chosen equals rejected")
 
 
-def _is_empty(part: str | Message) -> bool:
+def is_empty(part: str | Message) -> bool:
+    """Whether there is nothing in a text, or neither text nor a tool call in a message."""
     if isinstance(part, str):
         return not part.strip()
     return not part["content"].strip() and not part.get("tool_calls")

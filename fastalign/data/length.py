@@ -32,10 +32,8 @@ class LengthLimit:
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2 (a prompt and a completion token), got {self.max_length}")
-        for name, choices in (("truncation_mode", TRUNCATION_MODES), ("on_long_prompt", ON_LONG_PROMPT)):
-            if getattr(self, name) not in choices:
-                accepted = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; accepted are {accepted}")
+        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        check_choice("on_long_prompt", self.on_long_prompt, ON_LONG_PROMPT)
 
     def __call__(self, pair: Encoded) -> Encoded | str:
         """The pair cut to fit (itself if it fits), or why its row is dropped: a key of `DataReport.dropped`."""
@@ -47,14 +45,21 @@ class LengthLimit:
         if too_long and self.on_long_prompt == "drop":
             return "long_prompt"
         if too_long or self.truncation_mode == "keep_end":
-            prompt_ids = self._cut_left(prompt_ids, max(self.max_length - longest, self.max_length // 2))
+            prompt_ids = cut_left(prompt_ids, max(self.max_length - longest, self.max_length // 2), self.bos_token_id)
         room = self.max_length - len(prompt_ids)
         cut = Encoded(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room], pair.merged)
         return "identical_after_truncation" if cut.chosen_ids == cut.rejected_ids else cut
 
-    def _cut_left(self, ids: list[int], length: int) -> list[int]:
-        if len(ids) <= length:
-            return ids
-        if length > 1 and ids[0] == self.bos_token_id:
-            return [ids[0], *ids[1 - length :]]
-        return ids[-length:]
+
+def cut_left(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:
+    """The last `length` ids, a leading BOS token kept."""
+    if len(ids) <= length:
+        return ids
+    if length > 1 and ids[0] == bos_token_id:
+        return [ids[0], *ids[1 - length :]]
+    return ids[-length:]
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; accepted are {', '.join(map(repr, choices))}")

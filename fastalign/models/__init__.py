@@ -2,14 +2,38 @@
 
 from fastalign.models.causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
 from fastalign.models.loading import disable_dropout, load_causal_lm, upcast_trainable
+from fastalign.models.padding import separate_pad_token
+from fastalign.models.rewards import (
+    RewardNormalization,
+    reward_normalization,
+    score_sequences,
+    set_reward_normalization,
+)
+from fastalign.models.scalar import (
+    fuse_scalar_head,
+    load_scalar_adapter,
+    load_scalar_model,
+    scalar_head,
+    unfuse_scalar_head,
+)
 
 __all__ = [
     "Head",
+    "RewardNormalization",
     "disable_dropout",
     "find_head",
     "fuse_head",
+    "fuse_scalar_head",
     "has_router_loss",
     "load_causal_lm",
+    "load_scalar_adapter",
+    "load_scalar_model",
+    "reward_normalization",
+    "scalar_head",
+    "score_sequences",
+    "separate_pad_token",
+    "set_reward_normalization",
     "unfuse_head",
+    "unfuse_scalar_head",
     "upcast_trainable",
 ]

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types"},
     "models": {"types"},
     "reference": {"types", "ops", "data", "models"},
-    "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference"},
+    "rollouts": {"types", "models", "reference"},  # reference: one way to score sequences
+    "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference", "rollouts"},
 }
 MAY_IMPORT["demo"] = {*MAY_IMPORT} - {"kernels"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT} - {"kernels"}

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
+from fastalign.models.inference import evaluating
 
 __all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "unfuse_head"]
 
@@ -93,7 +93,7 @@ def verify_head(model: nn.Module) -> None:
     if weight.is_meta:
         raise ValueError(f"the head of {name} is on the meta device: load the weights before fusing")
     input_ids = torch.arange(8, device=base.get_input_embeddings().weight.device).view(2, 4) % weight.shape[0]
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _evaluating(base):
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), evaluating(base):
         factor = 1.0
         for _ in range(2):
             hidden, own = _own_logits(base, input_ids, factor)
@@ -180,15 +180,3 @@ def _reference_logits(hidden: Tensor, head: Head) -> Tensor:
         u = u + head.bias.float()
     z = u * head.logit_scale
     return z if head.softcap is None else torch.tanh(z / head.softcap) * head.softcap
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again (`model.train()` would wake what was frozen in eval mode)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -5,7 +5,7 @@ from fastalign.reference.cache import ReferenceCache
 from fastalign.reference.errors import CacheError, DamagedFileError, MissingLogpsError
 from fastalign.reference.model import ReferenceModel
 from fastalign.reference.report import CacheSummary, ReferenceSummary, inspect, render_problems, render_summary, verify
-from fastalign.reference.scoring import score
+from fastalign.reference.scoring import ModelScorer, TokenScores, score
 from fastalign.reference.sequences import PreferenceSequences, Scorer, TokenSequence
 from fastalign.reference.store import Problem
 
@@ -15,12 +15,14 @@ __all__ = [
     "CacheSummary",
     "DamagedFileError",
     "MissingLogpsError",
+    "ModelScorer",
     "PreferenceSequences",
     "Problem",
     "ReferenceCache",
     "ReferenceModel",
     "ReferenceSummary",
     "Scorer",
+    "TokenScores",
     "TokenSequence",
     "inspect",
     "render_problems",

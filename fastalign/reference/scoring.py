@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastalign.models import Head, fuse_head, unfuse_head
 from fastalign.models.causal import is_fused
 from fastalign.models.head import base_causal_lm
+from fastalign.models.inference import inference, refuse_token_adapters
 from fastalign.ops import linear_logps
 from fastalign.reference.batches import plan_batches
 from fastalign.reference.identity import checked_adapter, unwrap
@@ -25,6 +26,16 @@ from fastalign.reference.sequences import TokenSequence, checked_length
 from fastalign.types import IGNORE_INDEX
 
 DEFAULT_BATCH_TOKENS = 16_384
+
+
+class TokenScores(NamedTuple):
+    """Of each completion token: logps, and entropy of the distribution it was drawn from (nats), or None.
+
+    Both float32 (len(input_ids) − completion_start,).
+    """
+
+    logps: np.ndarray
+    entropy: np.ndarray | None
 
 
 def score(
@@ -41,14 +52,7 @@ def score(
     number is drawn.
     """
     scorer = ModelScorer(model, adapter=adapter, temperature=temperature, autocast=autocast)
-    lengths = np.array([len(sequence[0]) for sequence in sequences], np.int64)
-    results: list[np.ndarray | None] = [None] * len(sequences)
-    with scorer, track(int(lengths.sum()), "log-probs", progress) as advance:
-        for batch in plan_batches(lengths, batch_tokens):
-            for index, values in zip(batch, scorer([TokenSequence(*sequences[int(i)]) for i in batch]), strict=True):
-                results[index] = values
-            advance(int(lengths[batch].sum()), len(batch))
-    return [values for values in results if values is not None]
+    return [scores.logps for scores in scorer.score_all(sequences, batch_tokens=batch_tokens, progress=progress)]
 
 
 class ModelScorer:
@@ -57,6 +61,9 @@ class ModelScorer:
     Usable inside `with scorer:`, which fuses the head for the time being and undoes it. A sequence's log-probs do not
     depend on the others in its batch, beyond rounding. Raises ValueError for a model whose head cannot be fused, and
     for sequences of which that cannot be had.
+
+    adapter: the adapter to score with, None for none of them. keep_adapters: instead, those that are active: a policy
+    as it stands. entropy, backend: as in `linear_logps`.
     """
 
     def __init__(
@@ -64,14 +71,21 @@ class ModelScorer:
         model: nn.Module,
         *,
         adapter: str | None = None,
+        keep_adapters: bool = False,
         temperature: float = 1.0,
         autocast: torch.dtype | None = None,
+        entropy: bool = False,
+        backend: str = "auto",
     ) -> None:
-        self.model, self.adapter = model, adapter
+        self.model, self.adapter, self.keep_adapters = model, adapter, keep_adapters
         self._module = _forward_module(model)
-        self.temperature, self.autocast = temperature, autocast
+        self.temperature, self.autocast, self.entropy, self.backend = temperature, autocast, entropy, backend
         self._inner = unwrap(model)
-        if adapter is not None:
+        if keep_adapters:
+            if adapter is not None:
+                raise ValueError(f"adapter={adapter!r} and keep_adapters=True exclude each other")
+            refuse_token_adapters(self._inner)
+        elif adapter is not None:
             checked_adapter(self._inner, adapter)
         base = base_causal_lm(self._inner)
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
@@ -92,45 +106,58 @@ class ModelScorer:
             self._fused_here = False
 
     def __call__(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
-        """One batch: arrays float32 (len(input_ids) − completion_start,), in order."""
+        """One batch: log-probs float32 (len(input_ids) − completion_start,), in order."""
+        return [scores.logps for scores in self.score_batch(sequences)]
+
+    def score_all(
+        self, sequences: Sequence[TokenSequence], *, batch_tokens: int = DEFAULT_BATCH_TOKENS, progress: bool = False
+    ) -> list[TokenScores]:
+        """Any number of sequences, in batches of at most `batch_tokens` padded tokens, in the order given."""
+        lengths = np.array([len(sequence[0]) for sequence in sequences], np.int64)
+        results: dict[int, TokenScores] = {}
+        with self, track(int(lengths.sum()), "log-probs", progress) as advance:
+            for batch in plan_batches(lengths, batch_tokens):
+                results |= zip(
+                    batch.tolist(), self.score_batch([TokenSequence(*sequences[int(i)]) for i in batch]), strict=True
+                )
+                advance(int(lengths[batch].sum()), len(batch))
+        return [results[i] for i in range(len(sequences))]
+
+    def score_batch(self, sequences: list[TokenSequence]) -> list[TokenScores]:
+        """One batch, in order."""
         boundary = self._length_boundary
         if boundary is None:
             return self._score(sequences)
-        results: dict[int, np.ndarray] = {}
+        results: dict[int, TokenScores] = {}
         for is_long in (True, False):  # two forwards, where there are both
             part = [i for i, sequence in enumerate(sequences) if (len(sequence.input_ids) > boundary) == is_long]
             results |= zip(part, self._score([sequences[i] for i in part]), strict=True) if part else {}
         return [results[i] for i in range(len(sequences))]
 
-    def _score(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
+    def _score(self, sequences: list[TokenSequence]) -> list[TokenScores]:
         input_ids, attention_mask, targets, rows = self._collate(sequences)
 
         def head_fn(hidden: Tensor, head: Head) -> Tensor:
-            scored = targets.to(hidden.device)
-            out = linear_logps(hidden, head.weight, scored, temperature=self.temperature, rows=rows, **head.options)
-            return out.logps.flatten()[rows]
+            out = linear_logps(
+                hidden, head.weight, targets.to(hidden.device), temperature=self.temperature, entropy=self.entropy,
+                rows=rows, backend=self.backend, **head.options,
+            )  # fmt: skip
+            found = [values.flatten()[rows] for values in (out.logps, out.entropy) if values is not None]
+            return torch.stack(found)
 
         with self._state():
-            logps = self._module(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
+            scores = self._module(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
         counts = np.array([len(sequence.input_ids) - sequence.completion_start for sequence in sequences])
-        return np.split(logps.float().cpu().numpy(), counts.cumsum()[:-1])
+        parts = np.split(scores.float().cpu().numpy(), counts.cumsum()[:-1], axis=1)
+        return [TokenScores(part[0], part[1] if self.entropy else None) for part in parts]
 
     @contextmanager
     def _state(self) -> Iterator[None]:
-        """No autograd, evaluation mode, the reference's adapters, its autocast and no other; random state kept."""
-        device, modes = self._device, [(module, module.training) for module in self._inner.modules()]
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            # evaluation draws nothing in sane models; the guard makes it a promise
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"))
-            stack.enter_context(torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None))
-            stack.enter_context(adapter_state(self._inner, self.adapter))
-            self._inner.eval()
-            try:
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        """As `inference`, with the adapters that are asked for."""
+        with inference(self._inner, self._device, autocast=self.autocast), ExitStack() as stack:
+            if not self.keep_adapters:
+                stack.enter_context(adapter_state(self._inner, self.adapter))
+            yield
 
     def _collate(self, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """input_ids, attention_mask, targets (B, T), right padded; rows (n,): the flat positions that are scored."""

@@ -27,3 +27,8 @@ def test_batches_are_as_large_as_the_budget_allows():
 
 def test_a_sequence_beyond_the_budget_is_alone():
     assert [batch.tolist() for batch in plan_batches(np.array([3, 100, 3]), 10)] == [[1], [0, 2]]
+
+
+def test_a_limit_on_rows():
+    batches = plan_batches(np.array([4, 10, 4, 10, 5]), 20, max_rows=2)
+    assert [batch.tolist() for batch in batches] == [[1, 3], [4, 0], [2]]

@@ -19,13 +19,16 @@ _MASKED_STEP_TOKENS = 1024  # without flash attention a step has a mask of (its 
 
 def check_continuous(base: PreTrainedModel, options: SamplingOptions, autocast: torch.dtype | None) -> None:
     """Raise ValueError, saying why, if continuous batching cannot sample with these settings."""
-    reason = None
+    reason, config = None, base.config.get_text_config(decoder=True)
+    softcap, attention = getattr(config, "attn_logit_softcapping", None), config._attn_implementation
     if not hasattr(base, "init_continuous_batching"):
         reason = f"{type(base).__name__} does not offer it: take another model"
     elif options.min_new_tokens:
         reason = "transformers applies no min_new_tokens there: set it to 0"
     elif autocast is not None:
         reason = f"it runs in a thread of its own, where autocast={autocast} does not reach; load the model in it"
+    elif softcap is not None and "flash" not in str(attention):
+        reason = f"paged attention without flash ignores attn_logit_softcapping={softcap}: load the model with flash"
     elif hasattr(base, "_cached_continuous_batching_manager"):
         reason = "the model keeps a manager with settings of its own; call destroy_cached_continuous_batching_manager()"
     if reason is not None:

@@ -105,3 +105,9 @@ def _select(values: Tensor | np.ndarray, index: np.ndarray) -> Tensor | np.ndarr
     if isinstance(values, np.ndarray):
         return values[index]
     return values.index_select(0, torch.from_numpy(index).to(values.device, non_blocking=True))
+
+
+def select_examples(batch: Batch, examples: np.ndarray) -> Batch:
+    """The sub-batch of some examples, ascending, cut to its longest sequence."""
+    members = np.isin(sequence_groups(batch), examples)
+    return _take(batch, examples, int(sequence_lengths(batch)[members].max()))

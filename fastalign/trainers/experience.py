@@ -1,0 +1,151 @@
+"""From a phase's completions to what an update trains on: token rewards, advantages and returns, one per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastalign.losses import RunningMoments, shape_scores, token_rewards
+from fastalign.ops import gae, group_advantages, whiten
+from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.types import Metric
+
+
+class TokenGrid:
+    """Where the n completion tokens of S sequences, flat and in order, lie in an (S, C) tensor.
+
+    cu_seqlens: (S + 1,) numpy, on the host. C is the longest completion.
+    """
+
+    def __init__(self, cu_seqlens: np.ndarray, device: torch.device) -> None:
+        lengths = np.diff(cu_seqlens)
+        self.shape = (len(lengths), int(lengths.max(initial=0)))
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        flat = sequence * self.shape[1] + np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+        self._index = torch.from_numpy(flat).to(device)
+        self.mask = self.spread(torch.ones(len(flat), dtype=torch.bool, device=device))
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """(n,) to (S, C), zero where there is no token."""
+        grid = flat.new_zeros(self.shape[0] * self.shape[1])
+        return grid.index_copy(0, self._index, flat).view(self.shape)
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """(S, C) to (n,)."""
+        return grid.flatten().index_select(0, self._index)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experience:
+    """What an update trains on, (n,) float32 each, in the order of the batch's rows; and the phase's metrics.
+
+    kl: 0-dim, nats per completion, its mean over the completions of this process. returns: None without a critic.
+    """
+
+    advantages: Tensor
+    returns: Tensor | None
+    kl: Tensor
+    metrics: dict[str, Metric]
+
+
+@torch.no_grad()
+def make_experience(
+    args: PPOConfig,
+    *,
+    scores: Tensor,
+    finished: Tensor,
+    cu_seqlens: np.ndarray,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    values: Tensor | None,
+    kl_coef: float,
+    moments: RunningMoments | None,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> Experience:
+    """Scores → KL-shaped token rewards → advantages and returns, by the config.
+
+    scores (S,), finished (S,) bool: of the completions, prompt-major, num_generations of each prompt. logps, ref_logps,
+    values: (n,) float32, of their tokens. kl_coef: of the rewards, now. moments: running statistics, which take
+    the scores in. reduce: sums a tensor over processes, None for one.
+
+    Raises ValueError for completions that are not a multiple of num_generations.
+    """
+    grid = TokenGrid(cu_seqlens, logps.device)
+    raw = scores.float()
+    if moments is not None:
+        moments.update(raw, reduce=reduce)
+    shaped = shape_scores(
+        raw, moments=moments, clip=args.score_clip, finished=finished, missing_eos_penalty=args.missing_eos_penalty
+    )
+    reference = None if ref_logps is None else grid.spread(ref_logps)
+    rewards, kl = token_rewards(
+        shaped, grid.spread(logps), reference, grid.mask,
+        kl_coef=0.0 if reference is None else kl_coef, kl_estimator=args.kl_estimator,
+    )  # fmt: skip
+    plain = rewards
+    if args.whiten_rewards:
+        rewards = whiten(rewards, grid.mask, shift_mean=False, reduce=reduce)
+    spread_values = None if values is None else grid.spread(values)
+    advantages, returns = _advantages(args, rewards, spread_values, grid.mask)
+    if args.whitens_advantages:
+        advantages = whiten(advantages, grid.mask, reduce=reduce)
+    metrics = _metrics(args, grid, scores=raw, finished=finished, shaped=shaped, rewards=plain, logps=logps, kl=kl)
+    if ref_logps is not None:  # the KL that is measured and controlled is k1, whatever estimator shapes the rewards
+        measured = grid.spread(logps - ref_logps).sum(1)
+        metrics["objective/kl"] = _mean(measured)
+        difference = logps - ref_logps
+        metrics["objective/kl_k3"] = Metric(
+            (torch.expm1(-difference) + difference).sum(), torch.full_like(measured.sum(), len(scores))
+        )
+    else:
+        measured = torch.zeros_like(shaped)
+    return Experience(
+        advantages=grid.gather(advantages),
+        returns=None if returns is None else grid.gather(returns),
+        kl=measured.mean(),
+        metrics=metrics,
+    )
+
+
+def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(advantages (S, C), returns (S, C) for a critic or None), 0 outside the mask."""
+    if args.advantage_estimator == "gae":
+        assert values is not None
+        return gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+    if args.advantage_estimator == "reinforce":
+        return gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)[0], None
+    if len(rewards) % args.num_generations:
+        raise ValueError(f"{len(rewards)} completions are not a multiple of num_generations={args.num_generations}")
+    groups = torch.arange(len(rewards), device=rewards.device) // args.num_generations
+    whole = group_advantages(rewards.sum(1), groups, estimator=args.advantage_estimator, scale=args.scale_rewards)
+    return torch.where(mask, whole[:, None], 0.0), None
+
+
+def _metrics(
+    args: PPOConfig, grid: TokenGrid, *, scores: Tensor, finished: Tensor, shaped: Tensor, rewards: Tensor,
+    logps: Tensor, kl: Tensor,
+) -> dict[str, Metric]:  # fmt: skip
+    """TRL's `objective/*` and `completions/*`; sums over a completion, means over completions."""
+    lengths = grid.mask.sum(1).float()
+    total = rewards.sum(1)
+    metrics = {
+        "objective/scores": _mean(scores),
+        "objective/rlhf_reward": _mean(total),
+        "objective/non_score_reward": _mean(total - shaped),
+        "objective/entropy": _mean(-grid.spread(logps).sum(1)),
+        "completions/mean_length": _mean(lengths),
+        "completions/clipped_ratio": _mean((~finished).float()),
+        "objective/scores_std": _mean(scores.std(correction=0).expand(len(scores))),
+    }
+    if args.advantage_estimator in ("group", "rloo"):
+        group = scores.view(-1, args.num_generations)
+        metrics["frac_reward_zero_std"] = _mean((group.amax(1) == group.amin(1)).float())
+    return metrics
+
+
+def _mean(values: Tensor) -> Metric:
+    return Metric(values.sum(), torch.full_like(values.sum(), values.numel()))

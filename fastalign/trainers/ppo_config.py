@@ -1,0 +1,301 @@
+"""`PPOConfig`: the settings of PPO training beside those that all trainers share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fastalign.losses import AGGREGATIONS, KL_ESTIMATORS, check_policy_options
+from fastalign.trainers.config import REFUSED, TrainerConfig, described
+
+ADVANTAGE_ESTIMATORS = ("gae", "group", "rloo", "reinforce")
+"""Where advantages come from: a critic; the other answers to the prompt (GRPO, RLOO); the return itself."""
+POLICY_LOSSES = ("clip", "penalty", "trpo")
+KL_CONTROLLERS = ("fixed", "adaptive")
+DEFAULT_ROLLOUT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+
+@dataclass
+class PPOConfig(TrainerConfig):
+    """Settings of `PPOTrainer`: the names of TRL's former PPOConfig where it had one, over `TrainerConfig`.
+
+    A *step*, in max_steps, logging_steps, save_steps and the learning-rate schedule, is one rollout phase with all its
+    updates. A phase samples per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches completions
+    in each process, and goes over them num_ppo_epochs times, with an optimizer step for each mini-batch of
+    per_device_train_batch_size × gradient_accumulation_steps completions (of each process). learning_rate is 1e-6,
+    adam_epsilon 1e-5 (arXiv 2403.17031).
+
+    Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata=described("Peak learning rate of the policy's AdamW."))
+    adam_epsilon: float = field(default=1e-5, metadata=described("Epsilon of AdamW."))
+    max_length: int | None = field(
+        default=1024, metadata=described("Tokens of a prompt; response_length bounds what is sampled.")
+    )
+
+    # ---- models
+    sft_model_path: str | None = field(
+        default=None, metadata=described("Another name for model_name_or_path, as in TRL.")
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata=described("Folder or hub name of the reference. By default the policy as it is before training."),
+    )
+    reward_model_path: list[str] | None = field(
+        default=None,
+        metadata=described("Folders or hub names of reward models (sequence classification with one label)."),
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=described("Python functions as package.module:name, beside reward models; see PPOTrainer."),
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=described("Weight of each reward model and function, in this order; by default 1.")
+    )
+    value_model_path: str | None = field(
+        default=None,
+        metadata=described(
+            "Model the critic starts from. By default the (first) reward model if it shares the policy's tokenizer, "
+            "else the policy with a new head."
+        ),
+    )
+    value_head: bool = field(
+        default=False, metadata=described("A value head on the policy's trunk instead of a critic of its own.")
+    )
+
+    # ---- rollouts
+    total_episodes: int | None = field(
+        default=None, metadata=described("Completions to train on in all, in place of max_steps or num_train_epochs.")
+    )
+    num_mini_batches: int = field(
+        default=1, metadata=described("Mini-batches that a phase's completions are cut into.")
+    )
+    num_ppo_epochs: int = field(default=4, metadata=described("How often a phase's completions are gone over."))
+    num_generations: int = field(default=1, metadata=described("Completions sampled for each prompt."))
+    response_length: int = field(default=128, metadata=described("Tokens of a completion at most."))
+    min_response_length: int = field(default=0, metadata=described("No stop token before so many tokens."))
+    temperature: float = field(default=1.0, metadata=described("Sampling temperature, also inside the log-probs."))
+    top_k: int = field(
+        default=0, metadata=described("Sample from the k likeliest tokens; 0 is off, as ratios of log-probs want it.")
+    )
+    top_p: float = field(default=1.0, metadata=described("Nucleus sampling; 1 is off, as ratios of log-probs want it."))
+    stop_token: str | None = field(
+        default=None, metadata=described("Text of a further token that ends a completion; eos always does.")
+    )
+    stop_token_id: int | None = field(default=None, metadata=described("Id of a further token that ends a completion."))
+    rollout_batch_tokens: int | None = field(
+        default=None,
+        metadata=described(
+            "Padded tokens of one batch when completions are sampled and scored. By default "
+            + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_ROLLOUT_BATCH_TOKENS.items())
+            + "."
+        ),
+    )
+    use_vllm: bool = field(default=False, metadata=described("Sample with vLLM, where it is installed."))
+
+    # ---- rewards
+    missing_eos_penalty: float | None = field(
+        default=None, metadata=described("Taken off the score of a completion that did not end by itself.")
+    )
+    normalize_scores: bool = field(
+        default=False, metadata=described("Bring scores to mean 0 and deviation 1 of all scores so far.")
+    )
+    score_clip: float | None = field(default=None, metadata=described("Clip scores to ± this, after normalising."))
+    kl_coef: float = field(default=0.05, metadata=described("Weight of the KL to the reference in the token rewards."))
+    kl_estimator: str = field(default="k1", metadata=described("Estimator of that KL.", choices=tuple(KL_ESTIMATORS)))
+    kl_controller: str = field(
+        default="fixed", metadata=described("Whether kl_coef follows the measured KL.", choices=KL_CONTROLLERS)
+    )
+    target_kl: float | None = field(
+        default=None, metadata=described("Nats per completion that the adaptive controller holds the KL at.")
+    )
+    kl_horizon: float = field(
+        default=10000, metadata=described("Completions after which the adaptive controller has moved by exp(0.2).")
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata=described("Bring token rewards to deviation 1 over the rollout, keeping their mean.")
+    )
+
+    # ---- advantages
+    advantage_estimator: str = field(
+        default="gae",
+        metadata=described(
+            "gae: with a critic; group: GRPO's; rloo: the mean of the others; reinforce: the return itself.",
+            choices=ADVANTAGE_ESTIMATORS,
+        ),
+    )
+    gamma: float = field(default=1.0, metadata=described("Discount factor."))
+    lam: float = field(default=0.95, metadata=described("GAE's lambda."))
+    scale_rewards: bool = field(
+        default=True, metadata=described("Divide group advantages by their deviation; false is Dr. GRPO.")
+    )
+    whiten_advantages: bool | None = field(
+        default=None,
+        metadata=described(
+            "Bring advantages to mean 0 and deviation 1 over the rollout; by default for gae, reinforce."
+        ),
+    )
+
+    # ---- losses
+    policy_loss: str = field(
+        default="clip", metadata=described("PPO's clip or penalty, or a TRPO step.", choices=POLICY_LOSSES)
+    )
+    cliprange: float = field(default=0.2, metadata=described("How far the ratio may usefully move from 1."))
+    cliprange_high: float | None = field(
+        default=None, metadata=described("Its upper side, if another one (clip-higher); by default cliprange.")
+    )
+    dual_clip: float | None = field(
+        default=None, metadata=described("Above 1: bounds the ratio where the advantage is negative.")
+    )
+    penalty_coef: float = field(default=1.0, metadata=described("First coefficient of policy_loss penalty."))
+    penalty_target: float = field(
+        default=0.01, metadata=described("Nats per token of an update, at which that coefficient stays as it is.")
+    )
+    trpo_max_kl: float = field(default=0.01, metadata=described("Nats per token that a TRPO step may move."))
+    kl_loss_coef: float = field(default=0.0, metadata=described("Weight of the KL to the reference in the loss."))
+    kl_loss_estimator: str = field(
+        default="k3", metadata=described("Estimator of that KL; k1 has no gradient.", choices=tuple(KL_ESTIMATORS))
+    )
+    entropy_coef: float = field(default=0.0, metadata=described("Weight of the entropy bonus."))
+    loss_aggregation: str = field(
+        default="token_mean", metadata=described("How the tokens' losses become one.", choices=AGGREGATIONS)
+    )
+    vf_coef: float = field(default=0.1, metadata=described("Weight of the critic's loss."))
+    cliprange_value: float | None = field(
+        default=0.2, metadata=described("How far a value may usefully move in an update; null does not clip.")
+    )
+    critic_learning_rate: float | None = field(
+        default=None, metadata=described("Peak learning rate of the critic; by default learning_rate.")
+    )
+    critic_warmup_steps: int = field(
+        default=0, metadata=described("Steps at the beginning in which the critic alone is trained.")
+    )
+    token_metrics: bool = field(default=True, metadata=described("Also log the policy's entropy."))
+
+    # ---- TRL's options that are not supported, with the one value each may have
+    local_rollout_forward_batch_size: int | None = field(
+        default=None, metadata=described(f"{REFUSED} rollout_batch_tokens bounds a batch.")
+    )
+    num_sample_generations: int = field(
+        default=0, metadata=described(f"{REFUSED} evaluate() samples from the evaluation prompts.")
+    )
+
+    def __post_init__(self) -> None:
+        if self.sft_model_path is not None:
+            if self.model_name_or_path not in (None, self.sft_model_path):
+                raise ValueError("sft_model_path and model_name_or_path name two policies; give one of them")
+            self.model_name_or_path = self.sft_model_path
+        if isinstance(self.reward_model_path, str):
+            self.reward_model_path = [self.reward_model_path]
+        super().__post_init__()
+        check_policy_options(
+            epsilon_low=self.cliprange,
+            epsilon_high=self.epsilon_high,
+            dual_clip=self.dual_clip,
+            kl_coef=self.kl_loss_coef,
+            kl_estimator=self.kl_loss_estimator,
+            entropy_coef=self.entropy_coef,
+            aggregation=self.loss_aggregation,
+            max_completion_length=self.max_completion_length,
+        )
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    @property
+    def epsilon_high(self) -> float:
+        return self.cliprange if self.cliprange_high is None else self.cliprange_high
+
+    @property
+    def max_completion_length(self) -> int | None:
+        """The constant of loss_aggregation="constant"."""
+        return self.response_length if self.loss_aggregation == "constant" else None
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Completions of an optimizer step, in each process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Completions of a phase, in each process."""
+        return self.mini_batch_size * self.num_mini_batches
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.whiten_advantages is None:
+            return self.advantage_estimator in ("gae", "reinforce")
+        return self.whiten_advantages
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.kl_loss_coef > 0 or self.kl_controller != "fixed"
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("advantage_estimator", ADVANTAGE_ESTIMATORS),
+            ("policy_loss", POLICY_LOSSES),
+            ("kl_controller", KL_CONTROLLERS),
+            ("kl_estimator", tuple(KL_ESTIMATORS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
+
+    def _check_numbers(self) -> None:
+        for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "response_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        for name in ("kl_coef", "vf_coef", "critic_warmup_steps", "min_response_length", "penalty_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and finite")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be in [0, 1]")
+        positive = (
+            "total_episodes", "temperature", "missing_eos_penalty", "score_clip", "target_kl", "kl_horizon",
+            "cliprange_value", "critic_learning_rate", "rollout_batch_tokens", "penalty_target", "trpo_max_kl",
+        )  # fmt: skip
+        for name in positive:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: it must be positive")
+
+    def _check_combinations(self) -> None:
+        if self.rollout_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} does not divide the {self.rollout_batch_size} completions of "
+                "a phase (per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches)"
+            )
+        if self.advantage_estimator in ("group", "rloo") and self.num_generations < 2:
+            raise ValueError(
+                f"advantage_estimator={self.advantage_estimator!r} compares the completions of a prompt: "
+                f"num_generations={self.num_generations}, at least 2 are needed"
+            )
+        if self.kl_loss_coef and self.kl_loss_estimator == "k1":
+            raise ValueError(
+                "kl_loss_estimator='k1': its expected gradient on the policy's own samples is zero; take k3 or k2, or "
+                "kl_coef, which puts the KL into the rewards"
+            )
+        if (self.kl_controller == "adaptive") != (self.target_kl is not None):
+            raise ValueError("target_kl is what kl_controller='adaptive' aims at: give both or neither")
+        if self.kl_controller == "adaptive" and not self.kl_coef:
+            raise ValueError("kl_controller='adaptive' scales kl_coef, which must be positive to begin with")
+        if self.policy_loss != "clip":
+            for name in ("dual_clip", "cliprange_high", "kl_loss_coef", "entropy_coef"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect with policy_loss={self.policy_loss!r}"
+                    )
+        if self.stop_token is not None and self.stop_token_id is not None:
+            raise ValueError("stop_token and stop_token_id name one token in two ways; give one of them")
+        if self.value_head and self.value_model_path is not None:
+            raise ValueError(
+                "value_head=True has no critic of its own, and value_model_path names one; give one of them"
+            )
+        uses_critic = self.advantage_estimator == "gae"
+        for name in ("value_model_path", "value_head", "critic_warmup_steps", "critic_learning_rate"):
+            if not uses_critic and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with advantage_estimator="
+                    f"{self.advantage_estimator!r}, which has no critic"
+                )

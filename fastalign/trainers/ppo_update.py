@@ -1,0 +1,114 @@
+"""One mini-batch of a PPO update: policy loss through the fused head, critic's loss, and their metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastalign.linear import linear_ppo_loss
+from fastalign.losses import ppo_penalty_loss, value_loss
+from fastalign.models import Head
+from fastalign.ops import linear_logps
+from fastalign.trainers.batches import Batch
+from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.types import IGNORE_INDEX, LossOutput, Metric
+
+# The loss functions' metrics under the names that TRL's PPO users know.
+_POLICY_NAMES = {
+    "approx_kl": "policy/approxkl_avg",
+    "approx_kl_k3": "policy/approxkl_k3",
+    "clip_fraction": "policy/clipfrac_avg",
+    "clip_fraction/low": "policy/clipfrac_low",
+    "clip_fraction/high": "policy/clipfrac_high",
+    "ratio": "val/ratio",
+    "kl": "policy/kl",
+    "entropy": "policy/entropy_avg",
+}
+_VALUE_NAMES = {"clip_fraction": "val/clipfrac_avg"}
+
+
+def policy_value_loss(
+    model: nn.Module, batch: Batch, args: PPOConfig, *, tokens: int | Tensor, sequences: int | Tensor,
+    penalty_coef: float, with_policy: bool = True, with_value: bool = True,
+) -> LossOutput:  # fmt: skip
+    """policy loss + vf_coef · value loss of a piece of a mini-batch, each a share of the whole mini-batch's mean.
+
+    model: an `ActorCritic`, possibly wrapped. batch: padded sequences with old_logps, advantages, and where there are
+    any ref_logps, returns and old_values, (n,) in the order of its rows. tokens, sequences: of the whole mini-batch,
+    over its pieces and all processes. penalty_coef: of policy_loss="penalty".
+    """
+    rows = torch.from_numpy(np.asarray(batch["rows"]))
+    head_fn = None
+    if with_policy:
+        items = tokens if args.loss_aggregation == "token_mean" else sequences
+
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
+            loss = _penalty_loss if args.policy_loss == "penalty" else _clip_loss
+            return loss(hidden, head, batch, rows, args, items, penalty_coef)
+
+    policy, values = model(input_ids=batch["input_ids"], head_fn=head_fn, rows=rows if with_value else None)
+    loss = torch.zeros((), device=batch["input_ids"].device)
+    metrics: dict[str, Metric] = {}
+    if policy is not None:
+        loss = loss + policy.loss
+        metrics |= {_POLICY_NAMES[name]: metric for name, metric in policy.metrics.items() if name in _POLICY_NAMES}
+    if values is not None:
+        critic = value_loss(
+            values[None], batch["returns"][None], old_values=batch["old_values"][None],
+            epsilon_value=args.cliprange_value, num_items=tokens,
+        )  # fmt: skip
+        loss = loss + args.vf_coef * critic.loss
+        metrics |= {_VALUE_NAMES.get(name, f"val/{name}"): metric for name, metric in critic.metrics.items()}
+        count = torch.full_like(critic.loss.detach(), len(rows))
+        metrics["loss/value_avg"] = Metric(critic.loss.detach() * tokens, count)
+    if policy is not None:
+        share = len(rows) if args.loss_aggregation == "token_mean" else len(batch["cu_seqlens"]) - 1
+        metrics["loss/policy_avg"] = Metric(policy.loss.detach() * items, torch.full_like(policy.loss.detach(), share))
+    return LossOutput(loss, metrics)
+
+
+def _padded(flat: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """(n,) values of the rows as (B, T), zero elsewhere."""
+    index = rows.to(flat.device, non_blocking=True)
+    return flat.new_zeros(targets.numel()).index_copy(0, index, flat).view(targets.shape)
+
+
+def _given(batch: Batch, rows: Tensor, device: torch.device) -> dict[str, Any]:
+    names = [name for name in ("old_logps", "advantages", "ref_logps") if name in batch]
+    return {name: _padded(batch[name], rows, batch["targets"]).to(device) for name in names}
+
+
+def _clip_loss(
+    hidden: Tensor, head: Head, batch: Batch, rows: Tensor, args: PPOConfig, items: Any, penalty_coef: float
+) -> LossOutput:
+    return linear_ppo_loss(
+        hidden, head.weight, batch["targets"].to(hidden.device), **_given(batch, rows, hidden.device), rows=rows,
+        epsilon_low=args.cliprange, epsilon_high=args.epsilon_high, dual_clip=args.dual_clip,
+        kl_coef=args.kl_loss_coef, kl_estimator=args.kl_loss_estimator, entropy_coef=args.entropy_coef,
+        aggregation=args.loss_aggregation, max_completion_length=args.max_completion_length, num_items=items,
+        temperature=args.temperature, token_metrics=args.token_metrics, backend=args.backend, schedule=args.schedule,
+        workspace_mb=args.workspace_mb, **head.options,
+    )  # fmt: skip
+
+
+def _penalty_loss(
+    hidden: Tensor, head: Head, batch: Batch, rows: Tensor, args: PPOConfig, items: Any, penalty_coef: float
+) -> LossOutput:
+    targets = batch["targets"].to(hidden.device)
+    scored = linear_logps(
+        hidden, head.weight, targets, rows=rows, temperature=args.temperature, entropy=args.token_metrics,
+        backend=args.backend, schedule="auto" if args.schedule == "streamed" else args.schedule,
+        workspace_mb=args.workspace_mb, **head.options,
+    )  # fmt: skip
+    given = _given(batch, rows, hidden.device)
+    output = ppo_penalty_loss(
+        scored.logps, given["old_logps"], given["advantages"], targets != IGNORE_INDEX, penalty_coef=penalty_coef,
+        aggregation=args.loss_aggregation, max_completion_length=args.max_completion_length, num_items=items,
+    )  # fmt: skip
+    if scored.entropy is None:
+        return output
+    count = torch.full_like(output.loss.detach(), len(rows))
+    return LossOutput(output.loss, output.metrics | {"entropy": Metric(scored.entropy.detach().sum(), count)})

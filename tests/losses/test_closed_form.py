@@ -148,10 +148,11 @@ def test_one_update_is_one_gradient_step_on_the_objective():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_only_k1_is_the_reward_of_that_objective(estimator):
-    """What the docstring of token_rewards says: k2 and k3 as rewards have their optimum elsewhere."""
+    """As the docstring of token_rewards says: with k2 or k3 in the rewards the policy ends below its reference."""
     task = Task()
+    before = gaps(task)[0]
     train(task, estimator=estimator)
-    assert gaps(task)[0] > 0.02
+    assert gaps(task)[0] > 1.5 * before
 
 
 @pytest.mark.parametrize("distance", [1.0, 0.01])

@@ -30,6 +30,24 @@ def loop(rewards, values, mask, gamma, lam):
     return advantages, torch.where(mask, advantages + values.double(), 0)
 
 
+def test_by_hand(backend):
+    """γ = 0.9, λ = ½, three tokens with a gap: δ = 1.4, −1.9, 3 and A_2 = 3, A_1 = −1.9 + 0.45·3, A_0 = 1.4 − 0.2475."""
+    rewards, values = torch.tensor([[1.0, 7.0, 0.0, 2.0, 7.0]]), torch.tensor([[0.5, 7.0, 1.0, -1.0, 7.0]])
+    mask = torch.tensor([[True, False, True, True, False]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.5, backend=backend)
+    torch.testing.assert_close(advantages, torch.tensor([[1.1525, 0, -0.55, 3.0, 0]]))
+    torch.testing.assert_close(returns, torch.tensor([[1.6525, 0, 0.45, 2.0, 0]]))
+
+
+def test_float64_stays_float64():
+    rewards, values, mask = problem(6, 50)
+    rewards = rewards.double() / 3
+    ours = gae(rewards, values, mask, gamma=0.97, lam=0.9)
+    for mine, true in zip(ours, loop(rewards, values, mask, 0.97, 0.9), strict=True):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
 @settings(max_examples=30)
 @given(
     B=st.integers(0, 5), T=st.integers(0, 40), gamma=st.sampled_from([0.0, 0.9, 1.0]),

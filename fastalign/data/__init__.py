@@ -1,9 +1,11 @@
 """Rows to validated pairs to tokens to batches. The one place that shifts labels."""
 
-from fastalign.data.collator import PreferenceCollator
+from fastalign.data.collator import CompletionCollator, PreferenceCollator
+from fastalign.data.completions import prepare_completions
 from fastalign.data.formats import FORMATS
 from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
+from fastalign.data.preparation import PreparedData
 from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
 from fastalign.data.sources import load_rows
@@ -15,13 +17,16 @@ __all__ = [
     "TRUNCATION_MODES",
     "BadRow",
     "BadRowsError",
+    "CompletionCollator",
     "DataReport",
     "PreferenceCollator",
     "PreferenceData",
+    "PreparedData",
     "PromptColumns",
     "PromptData",
     "Reason",
     "load_rows",
+    "prepare_completions",
     "prepare_preferences",
     "prepare_prompts",
 ]

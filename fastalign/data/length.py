@@ -38,17 +38,31 @@ class LengthLimit:
     def __call__(self, pair: Encoded) -> Encoded | str:
         """The pair cut to fit (itself if it fits), or why its row is dropped: a key of `DataReport.dropped`."""
         longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
-        if self.max_length is None or len(pair.prompt_ids) + longest <= self.max_length:
+        if self.fits(len(pair.prompt_ids) + longest):
             return pair
-        prompt_ids = pair.prompt_ids
-        too_long = len(prompt_ids) >= self.max_length
-        if too_long and self.on_long_prompt == "drop":
+        prompt_ids = self.cut_prompt(pair.prompt_ids, longest)
+        if prompt_ids is None:
             return "long_prompt"
-        if too_long or self.truncation_mode == "keep_end":
-            prompt_ids = cut_left(prompt_ids, max(self.max_length - longest, self.max_length // 2), self.bos_token_id)
-        room = self.max_length - len(prompt_ids)
+        room = self.room(prompt_ids)
         cut = Encoded(prompt_ids, pair.chosen_ids[:room], pair.rejected_ids[:room], pair.merged)
         return "identical_after_truncation" if cut.chosen_ids == cut.rejected_ids else cut
+
+    def fits(self, length: int) -> bool:
+        return self.max_length is None or length <= self.max_length
+
+    def room(self, prompt_ids: list[int]) -> int | None:
+        """How many tokens may follow a prompt; None is any number."""
+        return None if self.max_length is None else self.max_length - len(prompt_ids)
+
+    def cut_prompt(self, prompt_ids: list[int], longest: int) -> list[int] | None:
+        """The prompt of a row that does not fit, whose longest completion has `longest` tokens; None drops the row."""
+        assert self.max_length is not None
+        too_long = len(prompt_ids) >= self.max_length
+        if too_long and self.on_long_prompt == "drop":
+            return None
+        if too_long or self.truncation_mode == "keep_end":
+            return cut_left(prompt_ids, max(self.max_length - longest, self.max_length // 2), self.bos_token_id)
+        return prompt_ids
 
 
 def cut_left(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:

@@ -58,11 +58,13 @@ class DataReport:
     source                  name of the data set, as given
     read, kept              rows read; rows that became examples
     bad                     one entry per refused row, in row order
-    dropped                 rows dropped by the length limit: `long_prompt` (the prompt left no room for a response) and
-                            `identical_after_truncation` (the responses differ only beyond the limit)
+    dropped                 rows dropped by the length limit: `long_prompt` (the prompt left no room for a response),
+                            `identical_after_truncation` (the responses differ only beyond the limit) and
+                            `nothing_to_train_on` (no token that is trained on is within the limit)
     formats                 how the kept rows were understood, e.g. {"transcript as chat": 1595}
     truncated_prompts       kept rows whose prompt lost its beginning
     truncated_chosen, truncated_rejected    kept rows whose response lost its end
+    truncated_completions   kept rows to learn from by cross-entropy that lost tokens after the prompt, if they have one
     merged_boundaries       kept responses encoded apart because tokens would have merged across the prompt's end
     without_eos             kept, untruncated responses without the end-of-sequence token: they teach no stopping
     """
@@ -76,6 +78,7 @@ class DataReport:
     truncated_prompts: int = 0
     truncated_chosen: int = 0
     truncated_rejected: int = 0
+    truncated_completions: int = 0
     merged_boundaries: int = 0
     without_eos: int = 0
 
@@ -86,7 +89,10 @@ class DataReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Counts only, ready for JSON."""
-        names = ("truncated_prompts", "truncated_chosen", "truncated_rejected", "merged_boundaries", "without_eos")
+        names = (
+            "truncated_prompts", "truncated_chosen", "truncated_rejected", "truncated_completions",
+            "merged_boundaries", "without_eos",
+        )  # fmt: skip
         return {
             "source": self.source,
             "read": self.read,
@@ -104,7 +110,7 @@ class DataReport:
         if self.dropped:
             parts.append(f"dropped: {_counts(self.dropped)}")
         truncated = {"prompts": self.truncated_prompts, "chosen": self.truncated_chosen}
-        truncated["rejected"] = self.truncated_rejected
+        truncated |= {"rejected": self.truncated_rejected, "completions": self.truncated_completions}
         if any(truncated.values()):
             parts.append(f"truncated: {_counts(truncated)}")
         if self.merged_boundaries:

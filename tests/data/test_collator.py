@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalign.data.collator import PreferenceCollator
+from fastalign.data.collator import CompletionCollator, PreferenceCollator
 from fastalign.types import IGNORE_INDEX
 
 PAD = 3  # also an ordinary token below: padding must be told by length, not by id
@@ -147,3 +147,90 @@ def test_examples_that_cannot_be_collated(examples, message):
 def test_collator_options(arguments):
     with pytest.raises(ValueError, match="pad_to"):
         PreferenceCollator(**arguments)
+
+
+# Sequences to learn from ----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def sequence(draw, packed: bool):
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4 if packed else 1))
+    total = sum(lengths)
+    mask = draw(st.lists(st.booleans(), min_size=total, max_size=total))
+    for start in np.cumsum(lengths) - lengths:
+        mask[start] = False
+    example = {
+        "input_ids": draw(st.lists(st.integers(0, 9), min_size=total, max_size=total)),
+        "completion_mask": mask,
+        "row": draw(st.integers(0, 99)),
+    }
+    return example | ({"seq_lengths": lengths} if packed else {})
+
+
+@given(
+    st.booleans().flatmap(lambda packed: st.lists(sequence(packed), min_size=1, max_size=5)),
+    st.sampled_from([None, 1, 4]),
+)
+def test_a_batch_of_sequences_equals_the_naive_loop(examples, multiple):
+    batch = CompletionCollator(PAD, multiple)(examples)
+    length = max(len(e["input_ids"]) for e in examples)
+    if multiple is not None:
+        length = -(-length // multiple) * multiple
+    input_ids, attention_mask, targets, positions, rows, cu_seqlens = [], [], [], [], [], [0]
+    for b, example in enumerate(examples):
+        own, mask = example["input_ids"], example["completion_mask"]
+        input_ids.append(own + [PAD] * (length - len(own)))
+        attention_mask.append([1] * len(own) + [0] * (length - len(own)))
+        targets.append([IGNORE_INDEX] * length)
+        for t in range(len(own) - 1):
+            if mask[t + 1]:
+                targets[-1][t] = own[t + 1]
+                rows.append(b * length + t)
+        cu_seqlens.append(len(rows))
+        parts = [*example.get("seq_lengths", [len(own)]), length - len(own)]
+        positions.append([t for part in parts for t in range(part)])
+    for name, expected in (("input_ids", input_ids), ("attention_mask", attention_mask), ("targets", targets)):
+        assert batch[name].dtype == torch.int64
+        assert batch[name].tolist() == expected
+    assert batch["rows"].tolist() == rows
+    assert batch["cu_seqlens"].tolist() == cu_seqlens
+    assert batch["groups"].tolist() == list(range(len(examples)))
+    assert batch["lengths"].tolist() == [len(e["input_ids"]) for e in examples]
+    if "seq_lengths" in examples[0]:
+        assert batch["position_ids"].tolist() == positions
+        assert [[n for n in row if n] for row in batch["segment_lengths"].tolist()] == [
+            e["seq_lengths"] for e in examples
+        ]
+    else:
+        assert not batch.keys() & {"position_ids", "segment_lengths"}
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input_ids": [], "completion_mask": []}, "input_ids of row 7 is empty"),
+        ({"input_ids": [1, 2], "completion_mask": [False]}, "row 7 has 2 input_ids and 1 values in completion_mask"),
+        ({"input_ids": [1, 2], "completion_mask": [True, True]}, "completion_mask of row 7 is true for a first token"),
+        (
+            {"input_ids": [1, 2], "completion_mask": [False, True], "seq_lengths": [1, 1]},
+            "completion_mask of row 7 is true for a first token",
+        ),
+        (
+            {"input_ids": [1, 2], "completion_mask": [False, True], "seq_lengths": [1]},
+            "seq_lengths of row 7 do not add up to its 2 input_ids",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_are_named(example, message):
+    with pytest.raises(ValueError, match=message):
+        CompletionCollator(PAD)([example | {"row": 7}])
+
+
+def test_both_collators_refuse_alike():
+    for collator in (PreferenceCollator, CompletionCollator):
+        with pytest.raises(ValueError, match="pad_token_id is None"):
+            collator(None)
+        with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1"):
+            collator(0, 0)
+        with pytest.raises(ValueError, match="no examples"):
+            collator(0)([])

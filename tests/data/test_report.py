@@ -31,6 +31,7 @@ def test_numbers_are_ready_for_json(report: DataReport):
         "truncated_prompts": 0,
         "truncated_chosen": 2,
         "truncated_rejected": 0,
+        "truncated_completions": 0,
         "merged_boundaries": 3,
         "without_eos": 1,
     }

@@ -31,7 +31,7 @@ def loop(rewards, values, mask, gamma, lam):
 
 
 def test_by_hand(backend):
-    """γ = 0.9, λ = ½, three tokens with a gap: δ = 1.4, −1.9, 3 and A_2 = 3, A_1 = −1.9 + 0.45·3, A_0 = 1.4 − 0.2475."""
+    """γ = 0.9, λ = ½, a gap: δ = 1.4, −1.9, 3; hence A_2 = 3, A_1 = −1.9 + 0.45·3 and A_0 = 1.4 − 0.45·0.55."""
     rewards, values = torch.tensor([[1.0, 7.0, 0.0, 2.0, 7.0]]), torch.tensor([[0.5, 7.0, 1.0, -1.0, 7.0]])
     mask = torch.tensor([[True, False, True, True, False]])
     advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.5, backend=backend)

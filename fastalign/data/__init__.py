@@ -3,15 +3,19 @@
 from fastalign.data.collator import CompletionCollator, PreferenceCollator
 from fastalign.data.completions import prepare_completions
 from fastalign.data.formats import FORMATS
+from fastalign.data.judged import prepare_labelled, prepare_lists
+from fastalign.data.judgements import LABEL_TYPES
 from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
 from fastalign.data.preparation import PreparedData
 from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
+from fastalign.data.reward_collator import RewardCollator
 from fastalign.data.sources import load_rows
 
 __all__ = [
     "FORMATS",
+    "LABEL_TYPES",
     "ON_BAD_ROW",
     "ON_LONG_PROMPT",
     "TRUNCATION_MODES",
@@ -25,8 +29,11 @@ __all__ = [
     "PromptColumns",
     "PromptData",
     "Reason",
+    "RewardCollator",
     "load_rows",
     "prepare_completions",
+    "prepare_labelled",
+    "prepare_lists",
     "prepare_preferences",
     "prepare_prompts",
 ]

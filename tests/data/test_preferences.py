@@ -294,3 +294,24 @@ def test_the_batch_of_trl(shared_dir: Path, hh_path: Path, hh_tokenizer):
     assert not scored[:, -1].any()
     assert np.array_equal(scored[:, :-1], mask[:, 1:])
     assert np.array_equal(np.diff(batch["cu_seqlens"]), mask.sum(axis=1))
+
+
+# Numbers beside the pair ----------------------------------------------------------------------------------------------
+
+
+def test_a_column_of_numbers_is_kept_with_its_pair(tokenizer):
+    rows = [{**STRINGS[0], "margin": 0.5}, {**BAD[Reason.IDENTICAL], "margin": 9}, {**STRINGS[0], "margin": 2}]
+    dataset, _ = prepare_preferences(rows, tokenizer, on_bad_row="skip", numbers=["margin"])
+    assert dataset.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "row"]
+    assert list(zip(dataset["row"], dataset["margin"], strict=True)) == [(0, 0.5), (2, 2.0)]
+    assert "margin" not in prepare_preferences([rows[0]], tokenizer).dataset.column_names
+
+
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [(None, "no margin, which other rows have"), ("much", "margin is a str"), (float("nan"), "margin is nan")],
+)
+def test_a_row_without_its_number_is_bad(tokenizer, margin, message):
+    rows = [{**STRINGS[0], "margin": 0.5}, {**STRINGS[0], "margin": margin}]
+    with pytest.raises(BadRowsError, match=rf"row 1: .*{message}"):
+        prepare_preferences(rows, tokenizer, numbers=["margin"])

@@ -15,7 +15,7 @@ from fastalign.losses.policy import (
 )
 from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
-from fastalign.losses.rewards import bradley_terry_loss, ranking_loss
+from fastalign.losses.rewards import LABEL_LOSSES, bradley_terry_loss, label_loss, ranking_loss
 from fastalign.losses.shaping import RunningMoments, shape_scores, token_rewards
 from fastalign.losses.value import value_loss
 
@@ -23,6 +23,7 @@ __all__ = [
     "AGGREGATIONS",
     "DPO_LOSSES",
     "KL_ESTIMATORS",
+    "LABEL_LOSSES",
     "REDUCTIONS",
     "DPOLoss",
     "RunningMoments",
@@ -34,6 +35,7 @@ __all__ = [
     "dpo_loss",
     "dpo_metrics",
     "kl_estimate",
+    "label_loss",
     "mean_metric",
     "merge_metrics",
     "pair_losses",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.losses.metrics import mean_metric
+from fastalign.losses.metrics import correlation_metrics, mean_metric
 from fastalign.losses.reduction import check_reduction, reduce_losses
 from fastalign.types import LossOutput, Metric
 
@@ -119,6 +119,61 @@ def ranking_loss(
     losses = totals / zeros.index_add(0, lists, strict).clamp(min=1)
     metrics = comparison_metrics(difference.detach(), strict) | {"mean_reward": mean_metric(rewards)}
     return LossOutput(reduce_losses(losses, reduction, num_items), metrics)
+
+
+def label_loss(
+    rewards: Tensor,
+    labels: Tensor,
+    *,
+    label_type: str = "scalar",
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> LossOutput:
+    """Reward modelling on labels: what each response's reward should be, or whether the response is good.
+
+        scalar    (r − label)²
+        binary    −label·log σ(r) − (1 − label)·log σ(−r)
+
+    Args:
+        rewards: (S,) float, the scores of S responses.
+        labels: (S,) numbers or bool; with "binary" 1 is good and 0 is not.
+        label_type: one of LABEL_LOSSES. reduction: "mean" (over responses), "sum" or "none". num_items: denominator of
+            "mean", the responses of the whole step.
+    Returns:
+        LossOutput with `mean_reward`; scalar: `mean_label` and what `summarize` turns into `label_correlation`; binary:
+        `accuracy` of the sign of the reward, `margin` (mean of r for good responses and −r for others) and calibration,
+        as in `bradley_terry_loss` with a response of reward 0 on the other side.
+    Raises:
+        ValueError: shapes or devices that differ, an unknown label_type or reduction.
+    """
+    check_reduction(reduction, num_items)
+    if label_type not in LABEL_LOSSES:
+        raise ValueError(f"label_type={label_type!r}: accepted are {', '.join(map(repr, LABEL_LOSSES))}")
+    rewards = _floats("rewards", rewards)
+    if rewards.dim() != 1 or labels.shape != rewards.shape or labels.device != rewards.device:
+        raise ValueError(
+            f"rewards: shape {tuple(rewards.shape)} on {rewards.device}, labels: {tuple(labels.shape)} on "
+            f"{labels.device}; accepted are two of one shape (S,) on one device"
+        )
+    labels = labels.to(rewards.dtype)
+    losses = LABEL_LOSSES[label_type](rewards, labels)
+    metrics = {"mean_reward": mean_metric(rewards)}
+    if label_type == "binary":
+        metrics |= comparison_metrics(rewards.detach() * (2 * labels - 1))
+    else:
+        metrics |= {"mean_label": mean_metric(labels)} | correlation_metrics("label_correlation", rewards, labels)
+    return LossOutput(reduce_losses(losses, reduction, num_items), metrics)
+
+
+def _squared_error(rewards: Tensor, labels: Tensor) -> Tensor:
+    return (rewards - labels).square()
+
+
+def _cross_entropy(rewards: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(rewards, labels, reduction="none")
+
+
+LABEL_LOSSES = {"scalar": _squared_error, "binary": _cross_entropy}
 
 
 def list_pairs(cu_lists: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalign.losses import bradley_terry_loss, merge_metrics, ranking_loss, summarize
+from fastalign.losses import bradley_terry_loss, label_loss, merge_metrics, ranking_loss, summarize
 
 
 def t(*values):
@@ -114,3 +114,53 @@ def test_calibration_of_a_model_that_is():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(3))
+
+
+# ---- labels
+
+
+def test_scalar_labels_are_squared_errors():
+    rewards, labels = t(1.0, -0.5, 2.0), torch.tensor([0.0, 0.5, 2.5])
+    out = label_loss(rewards, labels, reduction="none")
+    assert out.loss.tolist() == pytest.approx([1.0, 1.0, 0.25])
+    assert float(label_loss(rewards, labels).loss) == pytest.approx(0.75)
+    assert float(label_loss(rewards, labels, num_items=9).loss) == pytest.approx(0.25)
+    values = summarize(label_loss(rewards, labels).metrics)
+    expected = torch.corrcoef(torch.stack([rewards.detach(), labels.double()]))[0, 1]
+    assert float(values["label_correlation"]) == pytest.approx(float(expected))
+    assert float(values["mean_reward"]) == pytest.approx(2.5 / 3)
+    assert float(values["mean_label"]) == pytest.approx(1.0)
+
+
+def test_binary_labels_are_comparisons_with_reward_zero():
+    rewards, labels = t(1.2, -0.5, 2.0, 0.0), torch.tensor([True, True, False, True])
+    out = label_loss(rewards, labels, label_type="binary", reduction="none")
+    zero = torch.zeros(4, dtype=torch.float64)
+    good, bad = torch.where(labels, rewards, zero), torch.where(labels, zero, rewards)
+    expected = bradley_terry_loss(good, bad, reduction="none")
+    torch.testing.assert_close(out.loss, expected.loss)
+    for name in expected.metrics.keys() - {"mean_reward"}:
+        torch.testing.assert_close(out.metrics[name], expected.metrics[name])
+    assert float(out.metrics["accuracy"].value) == 0.25  # a reward of 0 says nothing
+
+
+def test_label_gradients_and_large_rewards():
+    rewards = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    for label_type in ("scalar", "binary"):
+        assert torch.autograd.gradcheck(lambda r, kind=label_type: label_loss(r, labels, label_type=kind).loss, rewards)
+    out = label_loss(torch.tensor([-200.0]), torch.tensor([1]), label_type="binary")
+    assert float(out.loss) == 200
+
+
+def test_bad_labels_are_refused():
+    rewards = torch.zeros(3)
+    for kwargs, message in (
+        ({"labels": torch.zeros(2)}, r"labels: \(2,\)"),
+        ({"labels": torch.zeros(3), "label_type": "real"}, "label_type='real': accepted are 'scalar', 'binary'"),
+        ({"labels": torch.zeros(3), "reduction": "all"}, "reduction='all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            label_loss(rewards, **kwargs)
+    with pytest.raises(ValueError, match=r"torch\.int64"):
+        label_loss(torch.zeros(3, dtype=torch.int64), torch.zeros(3))

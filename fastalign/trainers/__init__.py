@@ -2,5 +2,7 @@
 
 from fastalign.trainers.dpo import DPOTrainer
 from fastalign.trainers.dpo_config import DPOConfig
+from fastalign.trainers.ppo import PPOTrainer
+from fastalign.trainers.ppo_config import PPOConfig
 
-__all__ = ["DPOConfig", "DPOTrainer"]
+__all__ = ["DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer"]

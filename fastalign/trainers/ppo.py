@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastalign.losses import RunningMoments
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
 from fastalign.trainers.actor_critic import ActorCriticTrainer
 from fastalign.trainers.batches import Batch, select_examples, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
-from fastalign.trainers.kl_control import AdaptiveKLController, FixedKLController, KLController, PenaltyController
 from fastalign.trainers.loading import autocast_dtype, load_tokenizer
 from fastalign.trainers.ppo_checks import Warner, phase_warnings
 from fastalign.trainers.ppo_config import PPOConfig
@@ -35,6 +33,8 @@ from fastalign.trainers.ppo_models import (
     prompt_sets,
 )
 from fastalign.trainers.ppo_rollout import Collector, PromptBatch, PromptSet
+from fastalign.trainers.ppo_state import PPOState
+from fastalign.trainers.ppo_trpo import policy_trpo_step, trpo_metrics
 from fastalign.trainers.ppo_update import policy_value_loss
 
 _EVALUATION = 2**31  # beside the number of a phase in the seed of a rollout
@@ -66,7 +66,7 @@ class PPOTrainer(ActorCriticTrainer):
         reward_processing_class: tokenizer of a reward model given in memory, or a list; default the policy's.
         sampler: a `rollouts.Sampler`; default transformers' generation, or vLLM by args.use_vllm.
 
-    Attributes: collector, which samples and scores; kl_controller; data_reports.
+    Attributes: collector, which samples and scores; run, the controllers and statistics; data_reports.
 
     Raises ValueError, naming it, for anything that cannot be honoured; BadRowsError for bad data.
     """
@@ -134,15 +134,8 @@ class PPOTrainer(ActorCriticTrainer):
             process_index=self.accelerator.process_index,
         )
         self._reference_digest = self._digest()
-        self.kl_controller: KLController = FixedKLController(args.kl_coef)
-        if args.kl_controller == "adaptive":
-            assert args.target_kl is not None
-            self.kl_controller = AdaptiveKLController(args.kl_coef, args.target_kl, args.kl_horizon)
-        self.penalty_controller: KLController = FixedKLController(args.penalty_coef)
-        if args.policy_loss == "penalty":
-            self.penalty_controller = PenaltyController(args.penalty_coef, args.penalty_target)
-        self.moments = RunningMoments() if args.normalize_scores else None
-        self._episodes = self._phase_tokens = 0
+        self.run = PPOState(args)
+        self._phase_tokens = 0
         self._warn = Warner()
 
     def _digest(self) -> str | None:
@@ -164,7 +157,7 @@ class PPOTrainer(ActorCriticTrainer):
         step = self.state.global_step
         self.collector.sampler.sync(self.actor_critic.policy)
         batch, experience = self.collector.collect(
-            inputs, (self.args.seed, step), kl_coef=self.kl_controller.coef, moments=self.moments
+            inputs, (self.args.seed, step), kl_coef=self.run.kl.coef, moments=self.run.moments
         )
         self._train_meter.update(experience.metrics)
         self._phase_tokens = int(np.sum(batch["lengths"]))
@@ -174,11 +167,11 @@ class PPOTrainer(ActorCriticTrainer):
             schedule_free()
         loss = self._update(model, batch)
         episodes = len(batch["lengths"]) * self.accelerator.num_processes
-        self._episodes += episodes
-        if isinstance(self.kl_controller, AdaptiveKLController):
+        self.run.episodes += episodes
+        if self.run.follows_kl:
             # processes sample equally many completions, so the mean of means is the mean
             kl = float(self._sum_over_processes(experience.kl)) / self.accelerator.num_processes
-            self.kl_controller.update(kl, episodes)
+            self.run.kl.update(kl, episodes)
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -189,6 +182,12 @@ class PPOTrainer(ActorCriticTrainer):
     def _update(self, model: nn.Module, batch: Batch) -> Tensor:
         """num_ppo_epochs passes over the phase's mini-batches; returns the mean loss."""
         count, size = len(batch["lengths"]), self._mini_batch_size
+        if self.args.policy_loss == "trpo" and not self._critic_only:
+            pieces = split_batch(batch, self.micro_batch_tokens)
+            result = policy_trpo_step(self.actor_critic.policy, pieces, self.args)
+            self._train_meter.update(trpo_metrics(result, self.args.device))
+            if not self.actor_critic.has_critic:
+                return torch.full((), -result.improvement, device=self.args.device)
         rng = np.random.default_rng([self.args.seed, self.state.global_step, self.accelerator.process_index])
         orders = [rng.permutation(count) for _ in range(self.args.num_ppo_epochs)]
         members = [np.sort(order[i : i + size]) for order in orders for i in range(0, count, size)]
@@ -203,10 +202,15 @@ class PPOTrainer(ActorCriticTrainer):
                     self._clip_grad_norm(model)
                 self.optimizer.step()
                 model.zero_grad()
-        if isinstance(self.penalty_controller, PenaltyController):
+        if self.run.follows_penalty:
             kl_sum, tokens = self._sum_over_processes(moved).tolist()
-            self.penalty_controller.update(kl_sum / max(tokens, 1.0), count)
+            self.run.penalty.update(kl_sum / max(tokens, 1.0), count)
         return total
+
+    @property
+    def _critic_only(self) -> bool:
+        """During the warm-up the policy stays as it is."""
+        return self.state.global_step < self.args.critic_warmup_steps
 
     def _mini_batch(self, model: nn.Module, batch: Batch, *, first: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`.
@@ -214,7 +218,6 @@ class PPOTrainer(ActorCriticTrainer):
         Returns its loss and (sum over tokens of KL(π_old‖π), tokens) of this process, detached.
         """
         device, processes = self.args.device, self.accelerator.num_processes
-        warm_up = self.state.global_step < self.args.critic_warmup_steps
         counts = torch.tensor([len(batch["rows"]), len(batch["lengths"])], dtype=torch.float32, device=device)
         tokens, sequences = self._sum_over_processes(counts)
         total, moved = torch.zeros((), device=device), torch.zeros(2, device=device)
@@ -225,8 +228,9 @@ class PPOTrainer(ActorCriticTrainer):
                 with self.compute_loss_context_manager():
                     output = policy_value_loss(
                         model, piece, self.args, tokens=tokens, sequences=sequences,
-                        penalty_coef=self.penalty_controller.coef,
-                        with_policy=not warm_up or processes > 1,  # there every parameter takes part in a backward
+                        penalty_coef=self.run.penalty.coef,
+                        # under several processes every parameter takes part in a backward
+                        with_policy=self.args.policy_loss != "trpo" and (not self._critic_only or processes > 1),
                         with_value=self.actor_critic.has_critic,
                     )  # fmt: skip
                 self.accelerator.backward(output.loss * processes)
@@ -236,7 +240,7 @@ class PPOTrainer(ActorCriticTrainer):
             if (kl := output.metrics.get("policy/approxkl_k3")) is not None:
                 moved += torch.stack([kl.total, kl.weight])
             total += output.loss.detach()
-        if warm_up:
+        if self._critic_only:
             critic = set(map(id, self.actor_critic.critic_parameters()))
             for parameter in self.actor_critic.parameters():
                 if id(parameter) not in critic:
@@ -269,7 +273,7 @@ class PPOTrainer(ActorCriticTrainer):
         count = 0
         for number, prompts in enumerate(dataloader or ()):
             batch, experience = self.collector.collect(
-                prompts, (self.args.seed, _EVALUATION, number), kl_coef=self.kl_controller.coef, moments=None
+                prompts, (self.args.seed, _EVALUATION, number), kl_coef=self.run.kl.coef, moments=None
             )
             count += len(batch["lengths"])
             self._eval_meter.update(experience.metrics)
@@ -283,9 +287,7 @@ class PPOTrainer(ActorCriticTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_meter:
-            logs |= {"episode": self._episodes, "objective/kl_coef": self.kl_controller.coef}
-            if isinstance(self.penalty_controller, PenaltyController):
-                logs["policy/penalty_coef"] = self.penalty_controller.coef
+            logs |= self.run.logs()
         super().log(logs, start_time)
         if "loss" in logs:
             completions = self._train_batch_size * self.args.num_generations * self.accelerator.num_processes
@@ -298,13 +300,7 @@ class PPOTrainer(ActorCriticTrainer):
     # ---- saving and resuming
 
     def run_state(self) -> dict[str, Any]:
-        return super().run_state() | {
-            "episodes": self._episodes,
-            "kl_controller": self.kl_controller.state_dict(),
-            "penalty_controller": self.penalty_controller.state_dict(),
-            "moments": None if self.moments is None else self.moments.state_dict(),
-            "reference": self._reference_digest,
-        }
+        return super().run_state() | self.run.state_dict() | {"reference": self._reference_digest}
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
         if state["reference"] != self._reference_digest:
@@ -313,11 +309,7 @@ class PPOTrainer(ActorCriticTrainer):
                 "same policy and ref_model as the first run (resume_from_checkpoint loads the trained weights)"
             )
         super().restore_run_state(state)
-        self._episodes = state["episodes"]
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        self.penalty_controller.load_state_dict(state["penalty_controller"])
-        if self.moments is not None:
-            self.moments.load_state_dict(state["moments"])
+        self.run.load_state_dict(state)
 
 
 def _trainer_args(args: PPOConfig) -> PPOConfig:

@@ -286,6 +286,17 @@ class PPOConfig(TrainerConfig):
                     raise ValueError(
                         f"{name}={getattr(self, name)} has no effect with policy_loss={self.policy_loss!r}"
                     )
+        if self.policy_loss == "trpo":
+            if self.loss_aggregation != "token_mean":
+                raise ValueError(
+                    f"loss_aggregation={self.loss_aggregation!r}: policy_loss='trpo' takes token_mean alone"
+                )
+            if self.world_size > 1:
+                raise ValueError("policy_loss='trpo' is for small models and one process")
+            if self.value_head:
+                raise ValueError(
+                    "value_head=True trains the policy's trunk, which policy_loss='trpo' moves by its own step"
+                )
         if self.stop_token is not None and self.stop_token_id is not None:
             raise ValueError("stop_token and stop_token_id name one token in two ways; give one of them")
         if self.value_head and self.value_model_path is not None:

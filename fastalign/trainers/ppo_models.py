@@ -19,6 +19,7 @@ from fastalign.models.actor_critic import ActorCritic, scalar_model_from
 from fastalign.rollouts import Sampler, SamplingOptions, TransformersSampler
 from fastalign.trainers.config import TrainerConfig, by_device
 from fastalign.trainers.examples import Examples, padding_id
+from fastalign.trainers.fisher import check_double_backward
 from fastalign.trainers.loading import (
     adapter_base,
     add_adapter,
@@ -89,6 +90,8 @@ def build_policy(
 
     trained = policy if peft_config is None else add_adapter(policy, peft_config, args)
     check_trainable(trained)
+    if args.policy_loss == "trpo":
+        check_double_backward(trained)
     prepare_checkpointing(trained, args)
     return trained, start
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -23,11 +23,28 @@ from fastalign.trainers.reference import reference_adapter
 
 logger = logging.getLogger(__name__)
 
+Config = TypeVar("Config", bound=TrainerConfig)
+
 
 def checked_arguments(
     model: str | nn.Module | None, ref_model: str | nn.Module | None, args: DPOConfig | None, compute_metrics: Any
 ) -> tuple[str | nn.Module, DPOConfig]:
     """The model and config of a DPOTrainer, defaults filled in; ValueError for what cannot be."""
+    source, args = checked_model(model, args, DPOConfig, compute_metrics)
+    if ref_model is source and isinstance(source, nn.Module):
+        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
+    return source, args
+
+
+def checked_model(
+    model: str | nn.Module | None, args: Config | None, config_class: type[Config], compute_metrics: Any
+) -> tuple[str | nn.Module, Config]:
+    """The model and config of a trainer; without a config the default one, with a folder named after the model.
+
+    ValueError: compute_metrics, no model, or a model or config of another type.
+    """
     if compute_metrics is not None:
         raise ValueError("compute_metrics is not supported: no logits exist to compute metrics from")
     if model is None:
@@ -36,15 +53,12 @@ def checked_arguments(
             raise ValueError("no model: give model, or args.model_name_or_path")
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model must be a name or a model, got {type(model).__name__}")
-    if ref_model is model and isinstance(model, nn.Module):
-        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
     if args is None:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        args = DPOConfig(output_dir=f"{name.rstrip('/').rsplit('/', 1)[-1] or 'policy'}-DPO")
-    if not isinstance(args, DPOConfig):
-        raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
-    if ref_model is not None and args.ref_model_name_or_path is not None:
-        raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
+        method = config_class.__name__.removesuffix("Config")
+        args = config_class(output_dir=f"{name.rstrip('/').rsplit('/', 1)[-1] or 'policy'}-{method}")
+    if not isinstance(args, config_class):
+        raise ValueError(f"args must be a {config_class.__name__}, got {type(args).__name__}")
     return model, args
 
 

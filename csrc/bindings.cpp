@@ -33,10 +33,10 @@ PYBIND11_MODULE(_C, m) {
       "row_grad",
       [](Address tile, int64_t stride, int64_t n, int64_t v, bool exponentials, const Logits& logits, Address targets,
          int64_t v0, Address max, Address log_sum, Address base, Address target, Address entropy, Address out,
-         int64_t out_stride, int threads) {
+         int64_t out_stride, Address rows, int threads) {
         row_grad({at<const void>(tile), stride, n, v, exponentials, logits, at<const int64_t>(targets), v0,
                   at<const float>(max), at<const float>(log_sum), at<const float>(base), at<const float>(target),
-                  at<const float>(entropy), at<float>(out), out_stride}, threads);
+                  at<const float>(entropy), at<float>(out), out_stride, at<const int64_t>(rows)}, threads);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -104,7 +104,9 @@ def linear_ppo_loss(
     """PPO from hidden states, streamed token by token: three GEMMs, no logits, no second pass.
 
     Equal to `losses.ppo_loss(linear_logps(...).logps, ...)` in loss, gradients and metrics; REINFORCE, RLOO and GRPO
-    are this function with other advantages.
+    are this function with other advantages. Tokens without a gradient, which are the clipped ones and those whose
+    advantage is 0, unless a KL or entropy term gives them one, cost one GEMM instead of three: they are scored for the
+    metrics and left out of the gradient GEMMs. On the CPU only: a GPU's host would have to wait to know them.
 
     Args:
         hidden: (B, T, H), or (N, H) with aggregation="token_mean"; targets: (B, T) or (N,) int64, aligned with hidden,

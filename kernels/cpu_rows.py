@@ -81,19 +81,21 @@ def row_stats(
 def row_grad(
     tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, max: Tensor, log_sum: Tensor, base: Tensor, target:
     Tensor,
-    entropy: Tensor | None, out: Tensor, *, in_scale: float, out_scale: float, softcap: bool,
+    entropy: Tensor | None, out: Tensor, rows: Tensor | None = None, *, in_scale: float, out_scale: float,
+    softcap: bool,
 ) -> None:  # fmt: skip
-    """tile (n, v) float32, or bfloat16 exponentials; out (n, v) float32, which may be the tile."""
-    _check(tile, bias, targets, max, log_sum, base, target, entropy)
+    """tile (n, v) float32, or bfloat16 exponentials; out (n, v) float32, which may be the tile. rows (m,) int64: the
+    tile's rows to work on, which must ascend; out is then (m, v), and may be tile[:m]."""
+    _check(tile, bias, targets, max, log_sum, base, target, entropy, rows)
     assert out.dtype == torch.float32
     assert out.stride(0) == 1 or out.shape[0] <= 1
-    n, v = tile.shape
+    n, v = out.shape
     logits = _C.Logits(in_scale, out_scale, softcap, _address(bias))
     _C.row_grad(
         tile.data_ptr(), tile.stride(1), n, v, tile.dtype == torch.bfloat16, logits, targets.data_ptr(), v0,
         max.data_ptr(),
         log_sum.data_ptr(), base.data_ptr(), target.data_ptr(), _address(entropy), out.data_ptr(), out.stride(1),
-        torch.get_num_threads(),
+        _address(rows), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import torch
 from fastalign.linear import linear_ppo_loss
 from fastalign.losses import AGGREGATIONS, ppo_loss, summarize
 from fastalign.ops import linear_logps_reference
+from fastalign.ops.tile_sizes import align
+from fastalign.ops.tiles import Tiles
 
 
 def ppo_inputs(B=4, T=9, H=16, V=120, seed=0):
@@ -46,6 +48,40 @@ def test_linear_ppo_loss_is_ppo_loss_of_linear_logps(aggregation, schedule):
     found = summarize(ours.metrics)
     for name, value in summarize(expected.metrics).items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("schedule", ["streamed", "deferred", "overlaid"])
+def test_tokens_without_a_gradient_stay_out_of_its_gemms(schedule, monkeypatch):
+    """Clipped tokens and tokens without an advantage; with a KL term they have a gradient again."""
+    hidden, weight, bias, targets, given = ppo_inputs(T=40, H=32)
+    ratio = (linear_logps_reference(hidden, weight, targets, bias=bias).logps - given["old_logps"]).exp()
+    advantages = torch.where(torch.arange(40) % 3 == 0, 0.0, given["advantages"])
+    clipped = torch.where(advantages > 0, ratio > 1.2, ratio < 0.8)
+    silent = (targets == -100) | (advantages == 0) | clipped
+    given = {**given, "advantages": advantages}
+    assert 0 < (clipped & (targets != -100)).sum() < (~silent).sum() < 0.7 * (targets != -100).sum()
+    rows: list[int] = []
+    add = Tiles._add_weight
+
+    def counting(self, sinks, v0, v1, grad, *others):
+        rows.extend([grad.shape[0]] if v0 == 0 else [])
+        add(self, sinks, v0, v1, grad, *others)
+
+    monkeypatch.setattr(Tiles, "_add_weight", counting)
+    for kl_coef in (0.0, 0.1):
+        rows.clear()
+        ours = linear_ppo_loss(hidden, weight, targets, **given, bias=bias, schedule=schedule, kl_coef=kl_coef)
+        grads = torch.autograd.grad(ours.loss, [hidden, weight, bias])
+        expected = linear_logps_reference(hidden, weight, targets, bias=bias)
+        loss = ppo_loss(
+            expected.logps, given["old_logps"], advantages, targets != -100, ref_logps=given["ref_logps"],
+            kl_coef=kl_coef,
+        ).loss  # fmt: skip
+        for mine, true in zip(grads, torch.autograd.grad(loss, [hidden, weight, bias]), strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-8, atol=1e-10)
+        moved = ~silent if not kl_coef else targets != -100
+        assert sum(rows) == align(int(moved.sum()))
+        assert torch.equal(grads[0].abs().sum(-1) > 0, moved)
 
 
 def test_ppo_micro_batches_and_packed_tokens():

@@ -59,6 +59,12 @@ inline F load_bf16(const uint16_t* p, int count) {
   return x;
 }
 
+// The first `count` of p[rows[0]], p[rows[1]], …
+template <class T>
+inline void pick(T* to, const T* p, const int64_t* rows, int count) {
+  for (int lane = 0; lane < count; ++lane) to[lane] = p[rows[lane]];
+}
+
 inline void store_bf16(uint16_t* p, F x, int count) {  // round to nearest, ties to even; nan stays nan
   U b;
   __builtin_memcpy(&b, &x, sizeof b);
@@ -179,18 +185,33 @@ void stats(const RowStats& a, int64_t first, int64_t last) {
 
 // ---- grad
 
+inline int64_t tile_row(const RowGrad& a, int64_t row) { return a.rows ? a.rows[row] : row; }
+
+// Picked rows ascend, so rows[i] >= i: over the tile itself, nothing is written that is still to be read.
 template <bool EXPONENTIALS, bool SOFTCAP, bool ENTROPY>
 void grad_columns(const RowGrad& a, int64_t first, int64_t last) {
-  const float* tile = (const float*)a.tile;
-  const uint16_t* exp_tile = (const uint16_t*)a.tile;
+  auto values = [&](int64_t column, int64_t row, int count) {
+    const float* p = (const float*)a.tile + column * a.stride;
+    if (!a.rows) return load(p + row, count);
+    float picked[LANES] = {};
+    pick(picked, p, a.rows + row, count);
+    return load(picked, LANES);
+  };
+  auto exps = [&](int64_t column, int64_t row, int count) {
+    const uint16_t* p = (const uint16_t*)a.tile + column * a.stride;
+    if (!a.rows) return load_bf16(p + row, count);
+    uint16_t picked[LANES] = {};
+    pick(picked, p, a.rows + row, count);
+    return load_bf16(picked, LANES);
+  };
   for (int64_t column = first; column < last; ++column) {
     for (int64_t row = 0; row < a.n; row += LANES) {
       int count = a.n - row < LANES ? (int)(a.n - row) : LANES;
       F base = load(a.base + row, count), log_sum = load(a.log_sum + row, count), g;
       if (EXPONENTIALS) {
-        g = load_bf16(exp_tile + column * a.stride + row, count) * (exponential(-log_sum) * base) * a.logits.in_scale;
+        g = exps(column, row, count) * (exponential(-log_sum) * base) * a.logits.in_scale;
       } else {
-        F x = rounded(shifted(a.logits, load(tile + column * a.stride + row, count), column) * a.logits.in_scale);
+        F x = rounded(shifted(a.logits, values(column, row, count), column) * a.logits.in_scale);
         F slope = splat(a.logits.in_scale);
         if (SOFTCAP) {
           F t = hyperbolic_tangent(x);
@@ -218,7 +239,7 @@ void grad(const RowGrad& a, int64_t first, int64_t last) {
     }
   };
   auto slope_at = [&](int64_t row, int64_t column) {
-    F x = shifted(a.logits, splat(((const float*)a.tile)[column * a.stride + row]), column) * a.logits.in_scale;
+    F x = shifted(a.logits, splat(((const float*)a.tile)[column * a.stride + tile_row(a, row)]), column) * a.logits.in_scale;
     F t = hyperbolic_tangent(x);
     return ((1.0f - t * t) * (a.logits.in_scale * a.logits.out_scale))[0];
   };
@@ -226,7 +247,7 @@ void grad(const RowGrad& a, int64_t first, int64_t last) {
     RowGrad part = a;
     for (int64_t row = 0; row < a.n; row += PIECE) {
       part.n = a.n - row < PIECE ? a.n - row : PIECE;
-      part.tile = (const float*)a.tile + row;
+      part.tile = (const float*)a.tile + (a.rows ? 0 : row), part.rows = a.rows ? a.rows + row : nullptr;
       part.targets = a.targets + row, part.max = a.max + row, part.log_sum = a.log_sum + row;
       part.base = a.base + row, part.target = a.target + row;
       part.entropy = a.entropy ? a.entropy + row : nullptr, part.out = a.out + row;

@@ -5,7 +5,7 @@ from fastalign.ops.linear_logps import linear_logps, linear_logps_reference
 from fastalign.ops.linear_loss import linear_loss
 from fastalign.ops.schedule import Plan, plan
 from fastalign.ops.sequences import sequence_logps
-from fastalign.ops.tiles import free_workspace
+from fastalign.ops.workspace import free_workspace
 
 __all__ = [
     "Plan",

@@ -31,11 +31,13 @@ def row_grad(
     coef: R.RowCoef,
     spec: R.RowSpec,
     out: Tensor,
+    rows: Tensor | None = None,
 ) -> None:
     cpu_rows.row_grad(
         tile, bias, targets.contiguous(), v0, stats.max.contiguous(), stats.log_sum.contiguous(),
         coef.base.contiguous(),
-        coef.target.contiguous(), None if coef.entropy is None else coef.entropy.contiguous(), out, **_scales(spec),
+        coef.target.contiguous(), None if coef.entropy is None else coef.entropy.contiguous(), out, rows,
+        **_scales(spec),
     )  # fmt: skip
 
 

@@ -103,8 +103,29 @@ def backward(
             tile = kept[start : block.stop]
             part = R.cut(stats, coef, block.start, block.stop)
             tiles.backward(block, *part, sinks, tile, overwrite=False, exponentials=bool(plan.transit_rows))
-    for block in tiles.blocks(first):
-        tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks)
+    recompute(tiles, stats, coef, sinks, tiles.rows, first, plan.n)
+    sinks.close()
+
+
+def recompute(
+    tiles: Tiles, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, index: Tensor | None, start: int, stop: int
+) -> None:
+    """Backward of rows start:stop, whose logits are computed again, but for rows that contribute nothing (`live_rows`).
+
+    index: the rows' numbers in hidden, as many as stats has; None: they are their own.
+    """
+    stats, coef = R.cut(stats, coef, start, stop)
+    if index is not None:
+        index = index[start:stop]
+    live = R.live_rows(coef)
+    if live is not None:
+        stats, coef = R.take(stats, coef, live)
+        index = start + live if index is None else index.index_select(0, live)
+        start, stop = 0, len(live)
+    for first in range(start, stop, tiles.plan.rows):
+        last = min(first + tiles.plan.rows, stop)
+        part = None if index is None else index[first - start : last - start]
+        tiles.backward(tiles.block(first, last, part), *R.cut(stats, coef, first - start, last - start), sinks)
 
 
 def frozen_backward(
@@ -146,23 +167,23 @@ def mean_logits(tiles: Tiles, state: R.RowState) -> Tensor:
 
 
 def make_sinks(tiles: Tiles, needs: Sequence[bool], *, accumulate: bool = False, weight: Tensor | None = None) -> Sinks:
-    """Gradient buffers: in the result's dtype where it is written once (or is wide), else a wide accumulator.
+    """Gradient buffers: in the result's dtype where it is written once (or is wide), else a wide accumulator. They want
+    `close()` when all tiles are done.
 
     weight: memory for the weight's gradient, if it is there already.
     """
     N, V = tiles.hidden.shape[0], tiles.V
-    whole = tiles.rows is None and not accumulate
+    # every row is written; not so on the CPU, where rows that contribute nothing are left out
+    whole = tiles.rows is None and not accumulate and tiles.device.type != "cpu"
     hidden = bias = None
     if needs[0]:
         dtype = tiles.wide if accumulate else tiles.hidden.dtype
         new = tiles.hidden.new_empty if whole else tiles.hidden.new_zeros
         hidden = new((N, tiles.hidden.shape[1]), dtype=dtype)
-    if weight is not None and not tiles.plan.n:
-        weight.zero_()
     if needs[1] and weight is None:
         one_tile = not accumulate and tiles.plan.n <= tiles.plan.rows and not 0 < tiles.plan.kept_rows < tiles.plan.n
         dtype = tiles.weight.dtype if one_tile else torch.promote_types(tiles.weight.dtype, torch.float32)
-        weight = (tiles.weight.new_empty if tiles.plan.n else tiles.weight.new_zeros)(tiles.weight.shape, dtype=dtype)
+        weight = tiles.weight.new_empty(tiles.weight.shape, dtype=dtype)
     if needs[2]:
         bias = tiles.weight.new_zeros(V, dtype=tiles.wide)
     return Sinks(hidden, weight, bias)

@@ -3,8 +3,9 @@
 A loss L = Σ_g ℓ_g / D whose denominator D does not depend on the log-probs gives the gradient of a group's log-probs as
 soon as that group is scored. So whole groups are taken in chunks that fit the workspace: logits tile → log-probs → the
 loss function → its gradient by autograd on the chunk's log-probs → gradient over the tile in place → the two gradient
-GEMMs. A group too large for the workspace runs deferred inside itself: its logits are computed twice, but for its last
-tile and, in the first chunk, what the memory of the weight's gradient holds.
+GEMMs, from which rows that contribute nothing are left out (`rows.live_rows`). A group too large for the workspace runs
+deferred inside itself: its logits are computed twice, but for its last tile and, in the first chunk, what the memory of
+the weight's gradient holds.
 
 A Python function cannot enter a custom op, so this is a `torch.autograd.Function` behind one graph break under
 torch.compile.
@@ -158,7 +159,8 @@ class _Job:
         for chunk in layout.chunks(self.plan.rows):
             total += self._chunk(chunk, tiles, sinks, states)
             positions.append(chunk.positions)
-        tiles.release()
+        sinks.close()
+        tiles.workspace.release()
         self.scored = self._assemble(tiles, states, positions)
         return total, tiles, sinks
 
@@ -189,9 +191,7 @@ class _Job:
             tiles.backward(first, *R.cut(stats, coef, 0, step), sinks, overlaid=overlaid, scratch="scratch")
             block = tiles.block(block.start, block.stop, index[block.start : block.stop])
         tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks, tile)
-        for start in starts[1 if overlaid else 0 : -1]:
-            block = tiles.block(start, start + step, index[start : start + step])
-            tiles.backward(block, *R.cut(stats, coef, block.start, block.stop), sinks)
+        engine.recompute(tiles, stats, coef, sinks, index, step if overlaid is not None else 0, block.start)
         return loss
 
     def _coefficients(self, chunk: Chunk, stats: R.RowStats) -> tuple[Tensor, R.RowCoef]:

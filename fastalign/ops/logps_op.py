@@ -60,7 +60,7 @@ def _linear_logps(
     )
     n, N = tiles.plan.n, targets.shape[0]
     scored = engine.forward(tiles, overlay_dtype)
-    tiles.release()
+    tiles.workspace.release()
     stats, spec = scored.stats, tiles.spec
 
     def spread(values: Tensor | None, wanted: bool = True) -> Tensor:
@@ -187,7 +187,7 @@ def _linear_logps_backward(
     sinks = engine.make_sinks(tiles, needs, weight=reuse)
     kept_tile = (kept.t() if tiles.vocab_major else kept) if kept.numel() else None
     engine.backward(tiles, row_stats, coef, sinks, kept_tile, reuse)
-    tiles.release()
+    tiles.workspace.release()
     if reuse is not None:
         sinks.weight = None
     grads = engine.finish_sinks(tiles, sinks)

@@ -8,6 +8,8 @@ buffer). A backend supplies these functions on tiles, and nothing else:
     row_grad(tile, bias, targets, v0, stats, coef, spec, out)   writes ∂L/∂u of the tile to `out`, which may be the tile
     row_exp(tile, bias, stats, spec, out)                       writes exp(z − max) in 16 bits, for the cached schedule
 
+With `rows` (m,) int64, ascending, row_grad works on those rows of the tile: targets, stats, coef and out are of m rows,
+and out may be tile[:m]. That is how rows that contribute nothing leave a tile that holds them (`live_rows`).
 With `spec.exp_tile` row_grad gets such a 16-bit tile of exponentials E instead of u: p = E·exp(−log_sum). The bias is
 in them; that mode has no softcap and no entropy coefficient. Tiles are float32; float64 inputs (gradient checks) make
 them float64, here only.
@@ -27,6 +29,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastalign.ops.tile_sizes import align
 
 # Rows of RowState.values
 MAX, SUM, TARGET, ENT, SUM_SQ, SUM_Z = range(6)
@@ -177,8 +181,10 @@ def row_grad(
     coef: RowCoef,
     spec: RowSpec,
     out: Tensor,
+    rows: Tensor | None = None,
 ) -> None:
     """Write ∂L/∂u of one tile to `out`: (n, v), float32 or a 16-bit dtype, any strides; it may be the tile itself."""
+    tile = tile if rows is None else tile.index_select(0, rows)
     slope: Tensor | float = spec.in_scale
     if spec.exp_tile:
         assert not spec.softcap
@@ -220,6 +226,30 @@ def rescale(coef: RowCoef) -> tuple[RowCoef, Tensor]:
     up = torch.ldexp(torch.ones_like(largest), exponent)
     entropy = None if coef.entropy is None else coef.entropy * up
     return RowCoef(coef.base * up, coef.target * up, entropy), torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def live_rows(coef: RowCoef) -> Tensor | None:
+    """Rows with a coefficient that is not 0, (m,) int64 ascending, where the host knows them and leaving out the others
+    shortens the GEMMs; None: take all rows. A NaN is not 0.
+
+    The others contribute exactly 0 to every gradient: PPO's clipped tokens, and those without an advantage, KL or
+    entropy term. An accelerator's coefficients are not asked for: that would wait for them.
+    """
+    if coef.base.device.type != "cpu":
+        return None
+    live = (coef.base != 0) | (coef.target != 0)
+    if coef.entropy is not None:
+        live |= coef.entropy != 0
+    rows = live.nonzero()[:, 0]
+    return rows if align(len(rows)) < align(len(live)) else None
+
+
+def take(stats: RowStats, coef: RowCoef, rows: Tensor) -> tuple[RowStats, RowCoef]:
+    """The given rows of both."""
+    return (
+        RowStats(*(None if t is None else t.index_select(0, rows) for t in stats)),  # type: ignore[arg-type]
+        RowCoef(*(None if t is None else t.index_select(0, rows) for t in coef)),  # type: ignore[arg-type]
+    )
 
 
 def join(states: list[RowState]) -> RowState:

@@ -56,7 +56,8 @@ def whole_tiles(
     per_row = costs.per_row() + costs.V * costs.tile
     slab = min(costs.V, 2048 if on_cpu else 8192)
     if costs.weight_copy:
-        slab = min(slab, max(MIN_SLAB, budget // 4 // costs.weight_copy // MIN_SLAB * MIN_SLAB))
+        spare = min(budget // 4, budget - per_row * ROW_ALIGN)  # beside the smallest tile
+        slab = min(slab, max(MIN_SLAB, spare // costs.weight_copy // MIN_SLAB * MIN_SLAB))
     room = max(budget - slab * costs.weight_copy, per_row * ROW_ALIGN)
     most = 512 if on_cpu else 8192
     rows = max(ROW_ALIGN, min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN)

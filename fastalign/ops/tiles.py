@@ -19,17 +19,9 @@ from torch import Tensor
 
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend
-from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan
+from fastalign.ops.schedule import Plan
 from fastalign.ops.tile_sizes import align
-
-# The last call's largest CPU buffer, for the next call: a fresh one costs a page fault for every 4 KiB, 3 % of a frozen
-# head's time. Never more than the default budget; CUDA's allocator does the same by itself.
-_idle: list[Tensor] = []
-
-
-def free_workspace() -> None:
-    """Give back the CPU workspace that is kept for the next call (at most the default budget, 128 MiB)."""
-    _idle.clear()
+from fastalign.ops.workspace import Workspace
 
 
 @dataclass(slots=True)
@@ -41,6 +33,11 @@ class Sinks:
     bias: Tensor | None = None  # (V,); always added to, so it starts at zero
     first: bool = True  # nothing has been added to `weight` yet, so it needs no zeroing
     compact: bool = False  # `hidden` is (n, H), in the order of the scored rows
+
+    def close(self) -> None:
+        """All tiles are done. Without a row that contributes none was, and `weight` is still what its memory held."""
+        if self.first and self.weight is not None:
+            self.weight.zero_()
 
 
 @dataclass(slots=True)
@@ -79,33 +76,18 @@ class Tiles:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.wide = wide
         self.operand = wide if self.vocab_major else hidden.dtype
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.workspace = Workspace(self.device)
 
     # ---- workspace
-
-    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """A view of a reused allocation; it grows once to the largest shape asked for, which the planner foresaw."""
-        size = shape[0] * shape[1]
-        flat = self._buffers.get((name, dtype))
-        if flat is None or flat.numel() < size:
-            self._buffers.pop((name, dtype), None)
-            flat = _take_idle(size) if name == "tile" and dtype == torch.float32 and self.device.type == "cpu" else None
-            if flat is None:
-                flat = torch.empty(size, dtype=dtype, device=self.device)
-            self._buffers[name, dtype] = flat
-        return flat[:size].view(shape)
-
-    def release(self) -> None:
-        """The call is over: its tile may serve the next one."""
-        flat = self._buffers.pop(("tile", torch.float32), None)
-        if flat is not None and flat.device.type == "cpu" and flat.nbytes <= DEFAULT_WORKSPACE_MB["cpu"] * 2**20:
-            _idle[:] = [flat]
 
     def new_tile(self, n: int, v: int, name: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """An (align(n), v) tile in the device's orientation, from the workspace if it has a name."""
         shape = (v, align(n)) if self.vocab_major else (align(n), v)
         dtype = self.wide if dtype is None else dtype
-        tile = torch.empty(shape, dtype=dtype, device=self.device) if name is None else self._buffer(name, shape, dtype)
+        if name is None:
+            tile = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            tile = self.workspace.buffer(name, shape, dtype)
         return tile.t() if self.vocab_major else tile
 
     def overlay(self, sink: Tensor, rows: int) -> list[Tensor]:
@@ -123,7 +105,7 @@ class Tiles:
         n = stop - start
         if index is None and n == align(n) and self.hidden.dtype == self.operand and self.hidden.stride(1) == 1:
             return Block(start, stop, None, self.hidden[start:stop], self.targets[start:stop])
-        h = self._buffer("rows", (align(n), self.hidden.shape[1]), self.operand)
+        h = self.workspace.buffer("rows", (align(n), self.hidden.shape[1]), self.operand)
         picked = self.hidden[start:stop] if index is None else None
         if picked is None and self.hidden.dtype == self.operand:
             torch.index_select(self.hidden, 0, index, out=h[:n])  # type: ignore[arg-type]
@@ -132,6 +114,11 @@ class Tiles:
         h[n:].zero_()
         targets = self.targets[start:stop] if index is None else self.targets.index_select(0, index)
         return Block(start, stop, index, h, targets)
+
+    def _take(self, block: Block, rows: Tensor) -> Block:
+        """Some rows of a block, in the memory of its `h`."""
+        index = block.start + rows if block.index is None else block.index.index_select(0, rows)
+        return self.block(0, len(rows), index)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         stop = self.plan.n if stop is None else stop
@@ -145,9 +132,9 @@ class Tiles:
     def _weight_slab(self, v0: int, v1: int) -> Tensor:
         slab = self.weight[v0:v1]
         if slab.dtype != self.hidden.dtype:  # rounded as autocast rounds it
-            slab = self._buffer("rounded", (v1 - v0, slab.shape[1]), self.hidden.dtype).copy_(slab)
+            slab = self.workspace.buffer("rounded", (v1 - v0, slab.shape[1]), self.hidden.dtype).copy_(slab)
         if slab.dtype != self.operand:
-            slab = self._buffer("widened", (v1 - v0, slab.shape[1]), self.operand).copy_(slab)
+            slab = self.workspace.buffer("widened", (v1 - v0, slab.shape[1]), self.operand).copy_(slab)
         return slab
 
     def _bias_slab(self, v0: int, v1: int) -> Tensor | None:
@@ -189,38 +176,52 @@ class Tiles:
     ) -> None:  # fmt: skip
         """Turn a tile into its gradient, slab by slab, and add it to the sinks.
 
+        Only `live_rows` take part, gathered to the front of the tile (or of the scratch): the GEMMs are as short as the
+        block has live rows. The block's `h` may be overwritten by theirs.
+
         tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless
             `overwrite`, the tile is left as it is, for another backward.
         overlaid: u of the block's first rows, slab by slab, in memory that the weight's gradient may take as soon as a
             slab has been read; with it and without `tile` only the other rows' logits are computed again.
         """
-        if sinks.hidden is None and sinks.weight is None and sinks.bias is None:
+        live = None if sinks.compact else R.live_rows(coef)
+        nothing = sinks.hidden is None and sinks.weight is None and sinks.bias is None
+        if nothing or (live is not None and not len(live)):
             return
+        again = block.n if tile is not None else 0  # first row whose logits are computed again
+        if overlaid is not None and tile is None:
+            again = min(overlaid[0].shape[0], align(block.n))
+        if live is not None:
+            block, (stats, coef) = self._take(block, live), R.take(stats, coef, live)
+            again = int(torch.searchsorted(live, again))
         spec = R.with_exponentials(self.spec) if exponentials else self.spec
         scale = None
         if self.operand == torch.float16:
             coef, scale = R.rescale(coef)
         index = None if sinks.compact else block.index
         grad_rows = None if sinks.hidden is None else self._grad_rows(block, index, sinks.hidden)
-        again = 0 if overlaid is None else min(overlaid[0].shape[0], align(block.n))  # first row to compute again
         pieces = [
             (part, block.targets[part], *R.cut(stats, coef, part.start, part.stop))
             for part in (slice(0, min(again, block.n)), slice(again, block.n))
             if part.start < part.stop
         ]
         for i, (v0, v1) in enumerate(self._slabs()):
-            recompute = tile is None and again < block.n
+            recompute = again < block.n
             weight = self._weight_slab(v0, v1) if recompute or grad_rows is not None else None
-            u = self.new_tile(block.n, v1 - v0, scratch) if tile is None else tile[:, v0:v1]
+            held = tile[:, v0:v1] if tile is not None else None if overlaid is None else overlaid[i]
+            u = self.new_tile(block.n, v1 - v0, scratch) if tile is None else tile[: align(block.n), v0:v1]
             if recompute:
                 assert weight is not None
                 self._logits(block.h[again:], weight, u[again:])
             grad = self._grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
             for part, targets, part_stats, part_coef in pieces:
-                source = u if overlaid is None or part.start >= again else overlaid[i]
-                self.backend.row_grad(
-                    source[part], self._bias_slab(v0, v1), targets, v0, part_stats, part_coef, spec, grad[part]
-                )
+                bias, rows = self._bias_slab(v0, v1), None
+                source = u[part]
+                if held is not None and part.start < again:
+                    source, rows = (held[part], None) if live is None else (held, live[part])
+                self.backend.row_grad(source, bias, targets, v0, part_stats, part_coef, spec, grad[part], rows)
+            if align(block.n) != block.n:
+                grad[block.n :].zero_()
             if sinks.bias is not None:
                 _add(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
             if sinks.weight is not None:
@@ -236,19 +237,13 @@ class Tiles:
     def _grad_tile(self, u: Tensor | None, n: int, v: int) -> Tensor:
         """Where a slab's gradient goes: over the tile (in 16 bits where the GEMMs want that), or to scratch."""
         if u is None:
-            grad = self.new_tile(n, v, "tile", self.operand)
-        elif self.operand == u.dtype:
-            grad = u
-        else:
-            grad = u.view(self.operand)[:, :v]  # the first half of each row's memory
-        if align(n) != n:
-            grad[n:].zero_()
-        return grad
+            return self.new_tile(n, v, "tile", self.operand)
+        return u if self.operand == u.dtype else u.view(self.operand)[:, :v]  # the first half of each row's memory
 
     def _grad_rows(self, block: Block, index: Tensor | None, sink: Tensor) -> Tensor:
         if index is None and sink.dtype == self.wide and block.n == align(block.n):
             return sink[block.start : block.stop]
-        return self._buffer("grad_rows", (align(block.n), sink.shape[1]), self.wide)
+        return self.workspace.buffer("grad_rows", (align(block.n), sink.shape[1]), self.wide)
 
     def _store_rows(self, sink: Tensor, block: Block, index: Tensor | None, grad_rows: Tensor) -> None:
         if index is not None:
@@ -277,7 +272,7 @@ class Tiles:
             assert sinks.first
             torch.mm(grad.t(), h, out=out)
         else:
-            part = self._buffer("weight_part", (v1 - v0, h.shape[1]), self.wide)
+            part = self.workspace.buffer("weight_part", (v1 - v0, h.shape[1]), self.wide)
             self._product(part, grad.t(), h, first=True)
             if sinks.first:
                 out.copy_(part if scale is None else part.mul_(scale))
@@ -290,12 +285,3 @@ def _add(out: Tensor, part: Tensor, scale: Tensor | None) -> None:
         out.add_(part)
     else:
         out.addcmul_(part, scale.to(part.dtype))
-
-
-def _take_idle(size: int) -> Tensor | None:
-    """The idle buffer if it holds `size` elements and is not more than twice as large; a smaller one is let go."""
-    try:
-        flat = _idle.pop()
-    except IndexError:  # none, or another thread was faster
-        return None
-    return flat if size <= flat.numel() <= 2 * size else None

@@ -27,8 +27,10 @@ def row_stats(tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, state
 
 def row_grad(
     tile: Tensor, bias: Tensor | None, targets: Tensor, v0: int, stats: R.RowStats, coef: R.RowCoef, spec: R.RowSpec,
-    out: Tensor,
+    out: Tensor, rows: Tensor | None = None,
 ) -> None:  # fmt: skip
+    if rows is not None:  # CPU tensors, interpreted: on a GPU nobody knows the rows
+        tile = tile.index_select(0, rows)
     if spec.exp_tile:
         bias = None  # the exponentials hold it
     row_kernels.row_grad_bwd(

@@ -156,6 +156,49 @@ def test_exponentials_serve_the_gradient(backend):
     torch.testing.assert_close(from_kept, from_u, rtol=2**-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("exponentials", [False, True])
+def test_picked_rows_get_the_gradient_of_all_rows(backend, exponentials, softcap):
+    """Beside the tile and over it; more rows than a vector, a slab of the middle."""
+    n, v, v0 = 700, 33, 20
+    u, bias, _ = problem(n, v, 2.0)
+    g = torch.Generator().manual_seed(4)
+    targets = torch.randint(0, 2 * v, (n,), generator=g)
+    spec = R.RowSpec.make(temperature=0.8, logit_scale=1.1, softcap=None if exponentials else softcap)
+    values = torch.randn(4, n, generator=g)
+    stats = R.RowStats(values[0] + 5, values[1] + 3, values[2], values[3] - 4, values[3].abs())
+    coef = R.RowCoef(*torch.randn(2, n, generator=g), None if exponentials else torch.randn(n, generator=g))
+    if exponentials:
+        source = torch.empty(v, n, dtype=torch.bfloat16).t()
+        backend.row_exp(tile_of(u), bias, stats, spec, source)
+        spec = R.with_exponentials(spec)
+    else:
+        source = tile_of(u)
+    everything = tile_of(torch.zeros(n, v))
+    backend.row_grad(source, bias, targets, v0, stats, coef, spec, everything)
+    rows = torch.randperm(n, generator=g)[:301].sort().values
+    part = targets[rows], v0, *R.take(stats, coef, rows), spec
+    beside = tile_of(torch.zeros(len(rows), v))
+    backend.row_grad(source, bias, *part, beside, rows)
+    assert torch.equal(beside, everything[rows])
+    if not exponentials:
+        over = source[: len(rows)]
+        backend.row_grad(source, bias, *part, over, rows)
+        assert torch.equal(over, everything[rows])
+
+
+def test_live_rows_are_those_with_a_coefficient():
+    base, target, entropy = torch.zeros(3, 64)
+    base[3], target[40], entropy[5], base[9] = 1e-45, -1.0, torch.nan, -0.0
+    assert R.live_rows(R.RowCoef(base, target, entropy)).tolist() == [3, 5, 40]
+    assert R.live_rows(R.RowCoef(base, target, None)).tolist() == [3, 40]
+    assert R.live_rows(R.RowCoef(base[:16], target[:16], None)) is None  # GEMMs take 16 rows either way
+    assert R.live_rows(R.RowCoef(torch.ones(64), target, None)) is None
+    assert R.live_rows(R.RowCoef(base[10:12], target[10:12], None)).shape == (0,)
+    meta = torch.zeros(64, device="meta")
+    assert R.live_rows(R.RowCoef(meta, meta, None)) is None  # another device is not asked
+
+
 def test_true_class_gradient_survives_high_confidence():
     """p_y − 1 at p = 0.9999: subtracting a rounded p would lose all of it."""
     u = torch.tensor([[10.0, 0.0, 0.5, -1.0]])

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastalign.ops import plan
@@ -59,6 +59,9 @@ def test_what_is_kept_saves_that_share_of_a_gemm():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), device_type=st.sampled_from(["cpu", "cuda"]),
     schedule=st.sampled_from(["auto", "deferred", "streamed", "frozen"]), autocast=st.booleans(),
 )  # fmt: skip
+@example(  # a minimal tile, and not a whole slab of widened weight beside it
+    n=0, H=1, V=16255, budget=2**20, dtype=torch.bfloat16, device_type="cpu", schedule="streamed", autocast=False,
+)  # fmt: skip
 def test_the_budget_is_kept_once_it_holds_a_minimal_tile(n, H, V, budget, dtype, device_type, schedule, autocast):
     needs = (True, schedule != "frozen", False)
     chosen = plan(
@@ -102,17 +105,19 @@ MEASURE = textwrap.dedent(
         targets = torch.randint(0, V, (n,))
         if half:
             targets[::2] = -100
+        coef = (torch.rand(n) < case.get("live", 1.0)).float()
         before = 0
         if measure:
             open("/proc/self/clear_refs", "w").write("5")  # restart the high-water mark at what is resident now
             before = peak()
         if case["schedule"] == "streamed":
             loss = linear_loss(
-                lambda s, cu: -s.logps, hidden, weight, targets, groups="tokens", workspace_mb=case["workspace_mb"]
+                lambda s, cu, coef: -s.logps * coef, hidden, weight, targets, groups="tokens", inputs={"coef": coef},
+                workspace_mb=case["workspace_mb"], schedule="streamed",
             ).loss
         else:
             out = linear_logps(hidden, weight, targets, schedule=case["schedule"], workspace_mb=case["workspace_mb"])
-            loss = out.logps.sum()
+            loss = (out.logps * coef).sum()
         if loss.requires_grad:
             loss.backward()
         return peak() - before
@@ -146,6 +151,21 @@ def test_peak_memory_stays_within_the_prediction(schedule, dtype, ignored, works
         "n": 1500, "H": 256, "V": 35149, "dtype": dtype, "schedule": schedule, "weight": schedule != "frozen",
         "workspace_mb": workspace_mb, "ignored": ignored,
     }  # fmt: skip
+    check_peak(case)
+
+
+@pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "streamed"])
+def test_leaving_rows_out_takes_no_memory(schedule):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads the high-water mark from /proc")
+    case = {
+        "n": 1500, "H": 256, "V": 35149, "dtype": "float32", "schedule": schedule, "weight": True, "workspace_mb": 16,
+        "live": 0.5,
+    }  # fmt: skip
+    check_peak(case)
+
+
+def check_peak(case):
     done = subprocess.run([sys.executable, "-P", "-c", MEASURE, json.dumps(case)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -28,7 +28,7 @@ struct RowStats {
 
 struct RowGrad {
   const void* tile;         // float32 u, or bfloat16 exp(z − max)
-  int64_t stride, n, v;
+  int64_t stride, n, v;     // n: rows of out and of the vectors
   bool exponentials;
   Logits logits;
   const int64_t* targets;
@@ -37,6 +37,7 @@ struct RowGrad {
   const float* entropy;     // (n,) or null
   float* out;               // may be the tile
   int64_t out_stride;
+  const int64_t* rows;      // null, or (n,) ascending: row i works on the tile's row rows[i]; out may still be the tile
 };
 
 struct RowExp {

@@ -77,7 +77,8 @@ def slab_tiles(costs: Costs, n: int, budget: int) -> tuple[int, int, int]:
     Tiles of about 8 MiB stay in a CPU's last-level cache between the GEMM and the row kernel.
     """
     per_row = costs.per_row()
-    rows = max(ROW_ALIGN, max(budget // 4, 1) // max(1, per_row) // ROW_ALIGN * ROW_ALIGN)
+    most = (budget - MIN_SLAB * costs.weight_copy) // (per_row + MIN_SLAB * costs.tile)  # with the smallest slab
+    rows = max(ROW_ALIGN, min(max(budget // 4, 1) // max(1, per_row), most) // ROW_ALIGN * ROW_ALIGN)
     rows = min(rows, align(n)) if n else ROW_ALIGN
     tile_column = align(rows) * costs.tile
     cap = max(512, (8 * 2**20) // max(1, tile_column))

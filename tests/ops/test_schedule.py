@@ -62,6 +62,9 @@ def test_what_is_kept_saves_that_share_of_a_gemm():
 @example(  # a minimal tile, and not a whole slab of widened weight beside it
     n=0, H=1, V=16255, budget=2**20, dtype=torch.bfloat16, device_type="cpu", schedule="streamed", autocast=False,
 )  # fmt: skip
+@example(  # rows so short that the smallest slab of many is larger than they
+    n=3105, H=10, V=64, budget=2**20, dtype=torch.bfloat16, device_type="cpu", schedule="auto", autocast=False,
+)  # fmt: skip
 def test_the_budget_is_kept_once_it_holds_a_minimal_tile(n, H, V, budget, dtype, device_type, schedule, autocast):
     needs = (True, schedule != "frozen", False)
     chosen = plan(

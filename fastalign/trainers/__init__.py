@@ -4,5 +4,7 @@ from fastalign.trainers.dpo import DPOTrainer
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.ppo import PPOTrainer
 from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.sft import SFTTrainer
+from fastalign.trainers.sft_config import SFTConfig
 
-__all__ = ["DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer"]
+__all__ = ["DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer", "SFTConfig", "SFTTrainer"]

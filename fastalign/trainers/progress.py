@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+# label: the metrics that it stands for, of which a trainer's first is shown, and its format in the bar
 _SHOWN = {
-    "loss": ("loss", "{:.4f}"),
-    "rewards/margins": ("margin", "{:.3f}"),
-    "rewards/accuracies": ("accuracy", "{:.3f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "loss": (("loss",), "{:.4f}"),
+    "margin": (("rewards/margins",), "{:.3f}"),
+    "accuracy": (("rewards/accuracies", "mean_token_accuracy"), "{:.3f}"),
+    "tokens/s": (("tokens_per_second",), "{:,.0f}"),
 }
 
 
@@ -25,7 +27,10 @@ class MetricsProgress(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
-            shown = {label: form.format(logs[name]) for name, (label, form) in _SHOWN.items() if name in logs}
+            shown = {}
+            for label, (names, form) in _SHOWN.items():
+                if (name := _first(names, logs)) is not None:
+                    shown[label] = form.format(logs[name])
             if sys.stderr.isatty():
                 self.training_bar.set_postfix(shown)
             else:
@@ -36,13 +41,15 @@ class MetricsProgress(ProgressCallback):
 
 
 def evaluation_line(step: int, logs: dict[str, Any]) -> str:
-    """One line of an evaluation: loss, accuracy and margin with their standard errors."""
+    """One line of an evaluation: loss, accuracy and margin, with their standard errors where they are known."""
     prefix = next(name for name in logs if name.endswith("_loss")).removesuffix("loss")
+    found = []
+    for label in ("loss", "accuracy", "margin"):
+        if (name := _first([f"{prefix}{name}" for name in _SHOWN[label][0]], logs)) is not None:
+            error = logs.get(f"{name}_se")
+            found.append(f"{label} {logs[name]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return f"{prefix.rstrip('_')} at step {step}: " + ", ".join(found)
 
-    def figure(name: str) -> str | None:
-        value, error = logs.get(f"{prefix}{name}"), logs.get(f"{prefix}{name}_se")
-        return None if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
-    parts = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    found = {label: figure(name) for name, label in parts.items()}
-    return f"{prefix.rstrip('_')} at step {step}: " + ", ".join(f"{k} {v}" for k, v in found.items() if v is not None)
+def _first(names: Sequence[str], logs: dict[str, Any]) -> str | None:
+    return next((name for name in names if logs.get(name) is not None), None)

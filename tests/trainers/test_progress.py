@@ -29,3 +29,11 @@ def test_the_bar_carries_the_figures_on_a_terminal(kit, capsys, monkeypatch):
     assert "margin=" in err
     assert "tokens/s=" in err
     assert "step 2/2" not in err
+
+
+def test_accuracy_is_that_of_pairs_or_else_of_tokens():
+    assert evaluation_line(3, {"eval_loss": 2.0, "eval_mean_token_accuracy": 0.25, "eval_entropy": 3.0}) == (
+        "eval at step 3: loss 2.0000, accuracy 0.2500"
+    )
+    both = {"eval_loss": 2.0, "eval_mean_token_accuracy": 0.25, "eval_rewards/accuracies": 0.5}
+    assert evaluation_line(3, both) == "eval at step 3: loss 2.0000, accuracy 0.5000"

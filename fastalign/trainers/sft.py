@@ -1,0 +1,178 @@
+"""Supervised fine-tuning on `transformers.Trainer`: cross-entropy without logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback, set_seed
+
+from fastalign.linear import linear_cross_entropy
+from fastalign.models import Head, disable_dropout, fuse_head
+from fastalign.models.head import base_causal_lm
+from fastalign.trainers.base import FusedTrainer
+from fastalign.trainers.batches import Batch
+from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
+from fastalign.trainers.loading import (
+    add_adapter,
+    check_trainable,
+    checked_model,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    prepare_checkpointing,
+    router_coefficient,
+)
+from fastalign.trainers.router import with_router_loss
+from fastalign.trainers.sft_config import SFTConfig
+from fastalign.trainers.sft_data import COLUMNS, FormattingFunc, completion_examples, prepare_tokenizer
+from fastalign.types import LossOutput
+
+
+class SFTTrainer(FusedTrainer):
+    """Trains a causal language model on text, conversations, or completions of prompts, by cross-entropy.
+
+    The loss is the mean over the trained tokens of an optimizer step, however they are spread over micro-batches and
+    processes. The head turns the hidden states of those tokens alone into loss and gradients, tile by tile.
+
+    Args:
+        model: folder or hub name, a transformers causal LM, or a PeftModel around one, whose adapter is trained on.
+            Default: args.model_name_or_path. Trainable 16-bit weights are turned into float32 (see SFTConfig.dtype).
+        args: an SFTConfig.
+        data_collator: default CompletionCollator; another one must return the same batches.
+        train_dataset, eval_dataset: what `fastalign.data.prepare_completions` takes (Dataset, list of rows, file,
+            folder, hub name), or a Dataset with input_ids and completion_mask; eval_dataset may be a dict of them.
+            Default: args.dataset_name and its splits.
+        processing_class: the tokenizer; default the model's own.
+        compute_metrics: refused, as there are no logits to compute metrics from.
+        callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
+            make a peft_config too.
+        formatting_func: makes the text to train on from a row.
+
+    Attributes: data_reports, what became of each data set's rows.
+
+    Raises ValueError, naming it, for anything that cannot be honoured; BadRowsError for bad data.
+    """
+
+    args: SFTConfig
+    columns = COLUMNS
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        args: SFTConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: FormattingFunc | None = None,
+    ) -> None:
+        model, args = checked_model(model, args, SFTConfig, compute_metrics)
+        peft_config = lora_config(args, peft_config)
+        tokenizer = load_tokenizer(processing_class, model, args)
+        prepare_tokenizer(tokenizer, args)
+        self._examples = completion_examples(tokenizer, args, formatting_func)
+        self.data_reports = self._examples.reports
+        train = self._examples.training(train_dataset)
+        evaluation = self._examples.evaluation(eval_dataset)
+        if train is None and not evaluation:
+            raise ValueError("no data: give train_dataset, or args.dataset_name")
+
+        set_seed(args.seed)  # a new adapter is initialised at random
+        policy = load_model(model, args, peft_config, quantization_config)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        if peft_config is not None:
+            policy = add_adapter(policy, peft_config, args)
+        check_trainable(policy)
+        prepare_checkpointing(policy, args)
+        self._router_coef = router_coefficient(policy, args)
+        if args.eos_token is not None:
+            _stop_at(policy, tokenizer.eos_token_id)
+
+        use_cache = base_causal_lm(policy).config.use_cache
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or self._examples.collator,
+            train_dataset=train,
+            eval_dataset=evaluation.get("", evaluation or None),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
+        )
+        base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
+        fuse_head(self.model)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics over the constructor's eval_dataset or another."""
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._examples.prepare(part, "evaluate") for name, part in eval_dataset.items()}
+        elif eval_dataset is not None and not self._names_own_split(eval_dataset):
+            eval_dataset = self._examples.prepare(eval_dataset, "evaluate")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _names_own_split(self, dataset: Any) -> bool:
+        return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
+
+    # ---- loss
+
+    def num_items(self, batch: Batch) -> int:
+        """Trained tokens."""
+        return len(batch["rows"])
+
+    def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
+        """Cross-entropy of a batch, plus the router's loss of a mixture of experts, weighted by its trained tokens."""
+        if not self._router_coef:
+            return self._cross_entropy(model, batch, num_items)
+        # the router's loss counts tokens, so it needs the mask
+        router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
+        output, aux_loss = self._cross_entropy(model, batch, num_items, **router)
+        return with_router_loss(output, aux_loss, self._router_coef, items=self.num_items(batch), num_items=num_items)
+
+    def _cross_entropy(
+        self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any
+    ) -> Any:
+        """One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
+        masked; without a mask attention takes its fast causal path.
+        """
+        args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
+
+        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
+            output = linear_cross_entropy(
+                hidden,
+                head.weight,
+                batch["targets"].to(hidden.device),
+                rows=rows,
+                num_items=num_items,
+                token_metrics=args.token_metrics,
+                backend=args.backend,
+                schedule=args.schedule,
+                workspace_mb=args.workspace_mb,
+                **head.options,
+            )
+            output.metrics.pop("nll")  # it is the loss
+            return output
+
+        return model(input_ids=batch["input_ids"], head_fn=head_fn, **model_kwargs)
+
+
+def _stop_at(model: nn.Module, token: int) -> None:
+    """Make generation stop at `token`, beside what it stops at already."""
+    base = base_causal_lm(model)
+    base.config.get_text_config(decoder=True).eos_token_id = token
+    if base.generation_config is not None:
+        given = base.generation_config.eos_token_id
+        known = [] if given is None else [given] if isinstance(given, int) else list(given)
+        base.generation_config.eos_token_id = [token, *(other for other in known if other != token)]

@@ -1,0 +1,67 @@
+"""`SFTConfig`: the settings of supervised fine-tuning beside those that all trainers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastalign.trainers.config import REFUSED, TrainerConfig, described
+
+
+@dataclass
+class SFTConfig(TrainerConfig):
+    """Settings of `SFTTrainer`: TRL's names where TRL has one, over `TrainerConfig`. learning_rate is 2e-5, and the
+    model's own dropout stays on.
+
+    Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata=described("Peak learning rate of AdamW."))
+    disable_dropout: bool = field(
+        default=False, metadata=described("Turn off the dropout of the model; a new adapter has lora_dropout.")
+    )
+
+    # ---- data
+    dataset_text_field: str = field(default="text", metadata=described("Column of plain text to train on."))
+    chat_template_path: str | None = field(
+        default=None,
+        metadata=described(
+            "A .jinja file, or a folder or hub name of a tokenizer, whose chat template the model is to learn."
+        ),
+    )
+    eos_token: str | None = field(
+        default=None,
+        metadata=described(
+            "Token of the vocabulary that ends a sequence, if it is not to be the tokenizer's own. The saved model "
+            "stops at it too."
+        ),
+    )
+
+    # ---- loss
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata=described(
+            "Train on completions alone. By default so where rows have a prompt and a completion; true also splits "
+            "conversations before their last message, false trains on prompts too."
+        ),
+    )
+    assistant_only_loss: bool = field(
+        default=False, metadata=described("Of conversations, train on what the assistant says alone, in every turn.")
+    )
+    token_metrics: bool = field(default=True, metadata=described("Also log entropy and mean_token_accuracy."))
+
+    # ---- TRL's options that are not supported, with the one value each may have
+    loss_type: str = field(
+        default="nll", metadata=described(f"{REFUSED} The head computes it tile by tile in any case.")
+    )
+    shuffle_dataset: bool = field(
+        default=False, metadata=described(f"{REFUSED} Batches are drawn at random unless train_sampling_strategy says.")
+    )
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=described(f"{REFUSED} A data set with input_ids and completion_mask is taken as it is.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.dataset_text_field:
+            raise ValueError("dataset_text_field='': the name of a column is accepted")

@@ -58,8 +58,9 @@ gpu: setup ## the tests that need a CUDA device
 long: setup ## the studies that take minutes
 	$(PYTEST) -m long tests
 
-bench: setup ## the fused head against its peers, on this machine
+bench: setup ## the fused head and a PPO update's against their peers, on this machine
 	$(BIN)/python benchmarks/linear_logps.py
+	$(BIN)/python benchmarks/ppo_step.py
 
 format: setup ## rewrite the tree as the linter wants it
 	$(BIN)/ruff check --fix

@@ -45,6 +45,10 @@ def number(text: str | None, digits: int = 2) -> str:
     return f"{float(text):.{digits}f}" if text else "–"
 
 
+def sizes_of(shape: str) -> str:
+    return shape.replace("x", " × ")
+
+
 def head_tables(path: Path) -> list[str]:
     lines: list[str] = []
     rows = newest(path, ("task", "shape", "dtype", "provider"))
@@ -57,7 +61,7 @@ def head_tables(path: Path) -> list[str]:
             figures = number(row["over_naive"]), over_gemms, row["gemms"] or "–", number(row["beside_gradients_mib"], 0)
             body.append((TASKS[row["task"]], row["provider"] + failed, *figures))
         head = ("task", "provider", "time ÷ naive", "time ÷ its GEMMs", "GEMMs", "MiB beside gradients")
-        lines += ["", f"**{shape.replace('x', ' × ')}** (tokens × hidden × vocabulary, {of_shape[0]['dtype']})", ""]
+        lines += ["", f"**{sizes_of(shape)}** (tokens × hidden × vocabulary, {of_shape[0]['dtype']})", ""]
         lines += table(head, body)
         halves = [row for row in rows if row["shape"] == shape and row.get("over_all_rows")]
         if halves:
@@ -82,12 +86,45 @@ def step_table(path: Path) -> list[str]:
     ]
 
 
+def ppo_tables(path: Path) -> list[str]:
+    rows = newest(path, ("task", "shape", "dtype", "live", "provider"))
+    lines: list[str] = []
+    updates = [row for row in rows if row["task"] == "update"]
+    for shape in dict.fromkeys(row["shape"] for row in updates):
+        body = []
+        for row in (row for row in updates if row["shape"] == shape):
+            failed = f" (failed: {row['error'][:60]})" if row["error"] else ""
+            figures = number(row["over_naive"]), number(row["over_all_live"]), number(row["beside_gradients_mib"], 0)
+            body.append((f"{float(row['live_share']):.0%}", row["provider"] + failed, *figures))
+        lines += [
+            "",
+            f"**The head in a PPO update, {sizes_of(shape)}** (tokens × hidden × vocabulary, {updates[0]['dtype']})",
+            "",
+        ]
+        head = ("tokens with a gradient", "provider", "time ÷ naive", "time ÷ all with one", "MiB beside gradients")
+        lines += table(head, body)
+    if updates:
+        lines += [
+            "",
+            "The other tokens are clipped or have no advantage. Providers without entropy: ÷ naive without it.",
+        ]
+    scans = [row for row in rows if row["task"] == "gae"]
+    for shape in dict.fromkeys(row["shape"] for row in scans):
+        body = []
+        for row in (row for row in scans if row["shape"] == shape):
+            milliseconds = 1e3 * float(row["seconds"])
+            body.append((sizes_of(shape), row["provider"], f"{milliseconds:.1f}", number(row["over_scan"], 3)))
+        lines += ["", "**Generalised advantage estimation** (float32)", ""]
+        lines += table(("sequences × tokens", "provider", "ms", "time ÷ log-step scan"), body)
+    return lines
+
+
 def block() -> str:
     """What stands between the README's markers."""
     lines: list[str] = []
     for device in sorted((ROOT / "benchmarks/results").glob("*")):
         lines += ["", f"### {device.name.replace('_', ' ')}"]
-        for name, render in (("linear_logps", head_tables), ("dpo_step", step_table)):
+        for name, render in (("linear_logps", head_tables), ("dpo_step", step_table), ("ppo_step", ppo_tables)):
             path = device / f"{name}.csv"
             if path.exists():
                 lines += render(path)

@@ -106,7 +106,7 @@ def ppo_tables(path: Path) -> list[str]:
     if updates:
         lines += [
             "",
-            "The other tokens are clipped or have no advantage. Providers without entropy: ÷ naive without it.",
+            "The other tokens are clipped or have no advantage. Without entropy: ÷ naive without it.",
         ]
     scans = [row for row in rows if row["task"] == "gae"]
     for shape in dict.fromkeys(row["shape"] for row in scans):

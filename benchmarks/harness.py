@@ -109,6 +109,21 @@ def restart_high_water() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def cores_of_others() -> Callable[[], float | None]:
+    """Starts to count; the result tells how many cores other processes have kept busy since, on average."""
+
+    def busy() -> float:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        own = os.times()
+        idle = ticks[3] + ticks[4]
+        return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - sum(own[:4])  # children that have ended are own
+
+    if not Path("/proc/stat").exists():
+        return lambda: None
+    before, start = busy(), time.perf_counter()
+    return lambda: max(0.0, busy() - before) / (time.perf_counter() - start)
+
+
 def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str, out: Any) -> None:
     try:
         torch.manual_seed(0)

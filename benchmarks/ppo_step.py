@@ -16,7 +16,6 @@ so.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -288,8 +287,9 @@ def main() -> None:
                 lambda shape=shapes[name]: update(shape, device, dtype, arguments.rounds, not arguments.no_memory)
             )
     for run in runs:
-        before = os.getloadavg()[0]
-        rows = [row | {"load_before": before} for row in run()]  # processes that were running beside the benchmark
+        others = harness.cores_of_others()
+        found = run()
+        rows = [row | {"cores_of_others": others()} for row in found]
         for row in rows:
             harness.say(**row)
         if not arguments.no_save:

@@ -1,13 +1,14 @@
 """A PPO update's head, and GAE, against their peers: time as ratios in one run, peak memory in processes of their own.
 
-    python benchmarks/ppo_step.py [--shapes qwen-like …] [--tasks update gae] [--device cpu|cuda] [--rounds 5]
+    python benchmarks/ppo_step.py [--shapes qwen-like …] [--tasks update …] [--device cpu|cuda] [--rounds 5]
     [--no-memory] [--no-save]
 
 Tasks:
     update   hidden states → log-probs, mean entropy, clipped loss, gradients of hidden and weight. `live` is the share
              of tokens with a gradient; of the others most are sequences whose advantage is 0, as in a group whose
              rewards tie, and the rest is clipped
-    gae      advantages and returns of 512 right-padded sequences of up to 2048 tokens
+    live     ours alone, at several shares of tokens with a gradient
+    gae      advantages and returns of 512 right-padded sequences of up to 2048 tokens (scans.py)
 
 Every provider's loss and gradients are compared with naive's before it is timed; one that differs is a row that says
 so.
@@ -26,14 +27,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+import scans
 from shapes import CPU, CUDA, Shape
 
-TASKS = ("update", "gae")
+TASKS = ("update", "live", "gae")
 NARROW = {"cpu": Shape(1024, 256, 151936), "cuda": Shape(8192, 1024, 151936)}
 SEQUENCES = 8
 LIVE = (1.0, 0.5)
+SHARES = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.0)
 EPSILON = 0.2
-GAMMA, LAM = 0.99, 0.95
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 
@@ -94,11 +96,14 @@ def liger(i: Inputs, old_logps: Tensor, advantages: Tensor) -> Tensor:
 
 
 def ours(i: Inputs, old_logps: Tensor, advantages: Tensor, schedule: str, entropy: bool) -> Tensor:
+    """advantages (sequences,) or (sequences, tokens)."""
     from fastalign import linear_ppo_loss
 
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand_as(i.targets)
     return linear_ppo_loss(
-        i.hidden, i.weight, i.targets, old_logps=old_logps, advantages=advantages[:, None].expand_as(i.targets),
-        schedule=schedule, token_metrics=entropy,
+        i.hidden, i.weight, i.targets, old_logps=old_logps, advantages=advantages, schedule=schedule,
+        token_metrics=entropy,
     ).loss  # fmt: skip
 
 
@@ -188,80 +193,30 @@ def update(shape: Shape, device: str, dtype: torch.dtype, rounds: int, memory: b
     return [{"task": "update", "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")} | row for row in rows]
 
 
-# ---- GAE
+def live_shares(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Ours alone, with an advantage on a random share of the tokens, and no other reason to be left out."""
+    inputs = Inputs(shape, device, dtype)
+    order = torch.rand(inputs.targets.shape, device=device, generator=torch.Generator(device).manual_seed(1))
+    calls: dict[tuple[str, float], Callable[[], Any]] = {}
+    for schedule in ("auto", "streamed"):
+        for live in SHARES:
+            advantages = inputs.rewards[:, None] * (order < live)
 
+            def call(schedule: str = schedule, advantages: Tensor = advantages) -> None:
+                inputs.clear()
+                ours(inputs, inputs.old_logps, advantages, schedule, True).backward()
 
-def tokens_one_by_one(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Python numbers, a token at a time."""
-    advantages = []
-    for r, v, m in zip(rewards.tolist(), values.tolist(), mask.tolist(), strict=True):
-        row, following, ahead = [0.0] * len(r), 0.0, 0.0
-        for t in range(len(r) - 1, -1, -1):
-            if m[t]:
-                ahead = r[t] + GAMMA * following - v[t] + GAMMA * LAM * ahead
-                row[t], following = ahead, v[t]
-        advantages.append(row)
-    found = torch.tensor(advantages, device=rewards.device)
-    return found, torch.where(mask, found + values, 0)
-
-
-def positions_one_by_one(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A loop over positions, all sequences at once, as TRL's PPOTrainer had it."""
-    rewards, values = rewards * mask, values * mask
-    ahead, reversed_advantages, T = 0.0, [], rewards.shape[1]
-    for t in reversed(range(T)):
-        following = values[:, t + 1] if t < T - 1 else 0.0
-        ahead = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * ahead
-        reversed_advantages.append(ahead)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1) * mask
-    return advantages, advantages + values
-
-
-def doubling_scan(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A_t = δ_t + γλ·A_{t+1} in log2 T vectorised steps: after step k a sum spans 2^k tokens."""
-    rewards, values = rewards * mask, values * mask
-    advantages = rewards - values
-    advantages[:, :-1] += GAMMA * values[:, 1:]
-    step, factor = 1, GAMMA * LAM
-    while step < advantages.shape[1]:
-        advantages[:, :-step] += factor * advantages[:, step:].clone()
-        step, factor = 2 * step, factor * factor
-    advantages *= mask
-    return advantages, advantages + values
-
-
-def fused(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from fastalign.ops import gae
-
-    return gae(rewards, values, mask, gamma=GAMMA, lam=LAM)
-
-
-GAE: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "python loop over tokens": tokens_one_by_one,
-    "torch loop over positions": positions_one_by_one,
-    "torch log-step scan": doubling_scan,
-    "fastalign": fused,
-}
-
-
-def gae_rows(device: str, rounds: int, B: int = 512, T: int = 2048) -> list[dict[str, Any]]:
-    g = torch.Generator(device).manual_seed(0)
-    rewards, values = torch.randn(2, B, T, device=device, generator=g)
-    lengths = torch.randint(T // 2, T + 1, (B, 1), device=device, generator=g)
-    given = rewards, values, torch.arange(T, device=device) < lengths
-    expected = tokens_one_by_one(*given)
-    for name, provider in GAE.items():
-        for mine, true in zip(provider(*given), expected, strict=True):
-            torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    calls = {name: lambda provider=provider: provider(*given) for name, provider in GAE.items()}
+            calls[f"fastalign {schedule}", live] = call
     times = harness.interleaved(calls, rounds=rounds, device=device)
-    scan = harness.median(times["torch log-step scan"])
-    rows = []
-    for name, seconds in times.items():
-        middle = harness.median(seconds)
-        row = {"provider": name, "seconds": middle, "fastest": min(seconds), "over_scan": middle / scan}
-        rows.append({"task": "gae", "shape": f"{B}x{T}", "dtype": "float32"} | row)
-    return rows
+    common = {"task": "live", "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return [
+        common | {
+            "provider": name, "live": live, "live_share": float((order < live).float().mean()),
+            "seconds": harness.median(seconds), "fastest": min(seconds),
+            "over_all_live": harness.median(seconds) / harness.median(times[name, 1.0]),
+        }
+        for (name, live), seconds in times.items()
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -280,16 +235,18 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
     runs: list[Callable[[], list[dict[str, Any]]]] = []
     if "gae" in arguments.tasks:
-        runs.append(lambda: gae_rows(device, arguments.rounds))
-    if "update" in arguments.tasks:
-        for name in arguments.shapes or shapes:
-            runs.append(
-                lambda shape=shapes[name]: update(shape, device, dtype, arguments.rounds, not arguments.no_memory)
-            )
+        runs.append(lambda: scans.run(device, arguments.rounds))
+    for name in arguments.shapes or shapes:
+        given = shapes[name], device, dtype, arguments.rounds
+        if "update" in arguments.tasks:
+            runs.append(lambda given=given: update(*given, not arguments.no_memory))
+        if "live" in arguments.tasks:
+            runs.append(lambda given=given: live_shares(*given))
     for run in runs:
         others = harness.cores_of_others()
-        found = run()
-        rows = [row | {"cores_of_others": others()} for row in found]
+        rows = run()
+        beside = {"cores_of_others": others()}
+        rows = [row | beside for row in rows]
         for row in rows:
             harness.say(**row)
         if not arguments.no_save:

@@ -89,7 +89,7 @@ def prepare_rows(
     if not report.kept:
         raise ValueError(f"no row is left to train on: {report}")
     table = pyarrow.concat_tables(tables)
-    return PreparedData(datasets.Dataset(table, fingerprint=_fingerprint(table)), report)
+    return PreparedData(datasets.Dataset(table, fingerprint=fingerprint(table)), report)
 
 
 def _batch(
@@ -121,7 +121,7 @@ def _batch(
     return pyarrow.Table.from_arrays(arrays, schema=schema)
 
 
-def _fingerprint(table: pyarrow.Table) -> str:
+def fingerprint(table: pyarrow.Table) -> str:
     """Of the contents, in place; the one `datasets` makes by itself needs four times the table's memory."""
     digest = hashlib.blake2b(digest_size=8)
     for column in table.columns:

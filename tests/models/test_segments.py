@@ -1,0 +1,43 @@
+"""Where sequences lie in a packed batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastalign.models.segments import Segments
+
+CPU = torch.device("cpu")
+
+
+def test_blocks_are_the_flat_batch_in_order():
+    segments = Segments(np.array([[3, 2], [4, 0]]), 6)
+    assert segments.shape == (2, 6)
+    assert segments.block_sizes == [3, 2, 1, 4, 2]
+    assert segments.is_segment == [True, True, False, True, False]
+    assert segments.lengths.tolist() == [3, 2, 4]
+    positions, cu_seqlens, longest = segments.varlen(CPU)
+    assert positions.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert (cu_seqlens.tolist(), cu_seqlens.dtype, longest) == ([0, 3, 5, 9], torch.int32, 4)
+    assert segments.varlen(CPU) is segments.varlen(CPU)
+
+
+def test_a_flat_batch_has_no_padding():
+    segments = Segments(np.array([[1, 5, 2]]), 8)
+    assert segments.block_sizes == [1, 5, 2]
+    assert segments.varlen(CPU).positions is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([[3, 4]], "the segments of row 0 have 7 tokens, the batch is 6 wide"),
+        ([[0, 0]], "not all 0"),
+        ([[-1, 2]], "none negative"),
+        ([1, 2], r"must be \(B, K\)"),
+    ],
+)
+def test_lengths_that_cannot_be(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        Segments(np.array(lengths), 6)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastalign.ops.linear_loss import linear_loss
     from fastalign.ops.sequences import sequence_logps
     from fastalign.reference import ReferenceCache
-    from fastalign.trainers import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from fastalign.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
     from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
     __version__: str
@@ -28,6 +28,8 @@ __all__ = [
     "LossOutput",
     "Metric",
     "ReferenceCache",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "__version__",
@@ -48,7 +50,7 @@ _HOMES = {
     "fastalign.ops.linear_loss": ["linear_loss"],
     "fastalign.ops.sequences": ["sequence_logps"],
     "fastalign.reference": ["ReferenceCache"],
-    "fastalign.trainers": ["DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer"],
+    "fastalign.trainers": ["DPOConfig", "DPOTrainer", "RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"],
     "fastalign.types": ["IGNORE_INDEX", "LinearLogps", "LossOutput", "Metric"],
 }
 _SUBPACKAGES = ["losses", "ops"]

@@ -16,6 +16,7 @@ from fastalign.cli.flags import Failure, UsageError, suggestion
 COMMANDS = {
     "demo": "train a tiny model on a built-in language and compare DPO with length-penalised DPO",
     "sft": "fine-tune a model on text, conversations, or completions of prompts",
+    "reward": "train a reward model on comparisons, rankings or labels",
     "dpo": "train a policy on preference pairs",
     "cache": "build, inspect or verify a cache of reference log-probs",
     "env": "print versions, devices and backends, and why one is unavailable",

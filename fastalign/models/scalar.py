@@ -10,6 +10,7 @@ Padding is on the right and attention causal: a token never sees padding, so no 
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -60,10 +61,15 @@ def load_scalar_model(
     Raises ValueError for a checkpoint that has a head of more than one label, or lacks weights of the backbone.
     """
     name = str(name_or_path)
+    one_label = {"num_labels": 1, "problem_type": "regression"}
+    if (config := kwargs.pop("config", None)) is not None:  # with a config, from_pretrained takes no settings of one
+        kwargs["config"] = config = copy.deepcopy(config)
+        for setting, value in one_label.items():
+            setattr(config, setting, value)
+        one_label = {}
     with _load_report_silenced():
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, problem_type="regression", dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True, **kwargs,
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **one_label, **kwargs
         )  # fmt: skip
     head_name, _ = _named_head(model)
     if info["mismatched_keys"]:
@@ -115,8 +121,6 @@ def load_scalar_adapter(folder: str | Path, *, is_trainable: bool = False, **kwa
     A config.json beside the adapter (RewardTrainer writes it: pad token, normalisation of rewards) replaces the base's.
     kwargs go to `load_scalar_model`.
     """
-    from peft import PeftConfig
-
     base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base_name:
         raise ValueError(f"{folder} names no base model: load the two and put them together with PeftModel")

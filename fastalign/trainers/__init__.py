@@ -4,7 +4,18 @@ from fastalign.trainers.dpo import DPOTrainer
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.ppo import PPOTrainer
 from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.reward import RewardTrainer
+from fastalign.trainers.reward_config import RewardConfig
 from fastalign.trainers.sft import SFTTrainer
 from fastalign.trainers.sft_config import SFTConfig
 
-__all__ = ["DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+]

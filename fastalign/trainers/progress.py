@@ -12,8 +12,9 @@ from transformers.trainer_callback import ProgressCallback
 # label: the metrics that it stands for, of which a trainer's first is shown, and its format in the bar
 _SHOWN = {
     "loss": (("loss",), "{:.4f}"),
-    "margin": (("rewards/margins",), "{:.3f}"),
-    "accuracy": (("rewards/accuracies", "mean_token_accuracy"), "{:.3f}"),
+    "margin": (("rewards/margins", "margin"), "{:.3f}"),
+    "accuracy": (("rewards/accuracies", "accuracy", "mean_token_accuracy"), "{:.3f}"),
+    "correlation": (("label_correlation",), "{:.3f}"),
     "tokens/s": (("tokens_per_second",), "{:,.0f}"),
 }
 
@@ -41,10 +42,10 @@ class MetricsProgress(ProgressCallback):
 
 
 def evaluation_line(step: int, logs: dict[str, Any]) -> str:
-    """One line of an evaluation: loss, accuracy and margin, with their standard errors where they are known."""
+    """One line of an evaluation: loss, accuracy, margin, with their standard errors where they are known."""
     prefix = next(name for name in logs if name.endswith("_loss")).removesuffix("loss")
     found = []
-    for label in ("loss", "accuracy", "margin"):
+    for label in ("loss", "accuracy", "margin", "correlation"):
         if (name := _first([f"{prefix}{name}" for name in _SHOWN[label][0]], logs)) is not None:
             error = logs.get(f"{name}_se")
             found.append(f"{label} {logs[name]:.4f}" + ("" if error is None else f" ± {error:.4f}"))

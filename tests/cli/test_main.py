@@ -79,7 +79,7 @@ def test_traceback_flag_shows_the_traceback_of_a_user_error(command, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: demo, sft, dpo, "),
+        ([], "a command is needed: demo, sft, reward, dpo, "),
         (["dop"], "unknown command 'dop' (did you mean dpo?)"),
         (["--beta", "0.1"], "unknown command '--beta'"),
     ],

@@ -270,8 +270,11 @@ def test_adapter_the_trained_head_is_read_and_comes_back(causal, tmp_path):
     assert scalar_head(peft).weight.grad is not None
     unfuse_scalar_head(peft)
     peft.save_pretrained(tmp_path / "adapter")
+    base.config.pad_token_id = 7
+    base.config.save_pretrained(tmp_path / "adapter")
     again = load_scalar_adapter(tmp_path / "adapter").eval()  # the base's head is another random one
     assert isinstance(again, PeftModel)
+    assert again.get_base_model().config.pad_token_id == 7
     assert not any(p.requires_grad for p in again.parameters())
     torch.testing.assert_close(fuse_scalar_head(again)(input_ids=ids, rows=rows), got, rtol=1e-5, atol=1e-5)
 

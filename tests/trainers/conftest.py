@@ -9,7 +9,7 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fastalign.trainers import DPOConfig, DPOTrainer
+from fastalign.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 torch.set_num_threads(1)
 VOCAB = 61
@@ -113,3 +113,66 @@ class Kit:
 @pytest.fixture
 def kit(tmp_path, tokenizer) -> Kit:
     return Kit(tmp_path, tokenizer)
+
+
+class RewardKit:
+    """Models, judgements and trainers; everything is written below `folder`."""
+
+    def __init__(self, kit) -> None:
+        self.kit, self.folder, self.tokenizer = kit, kit.folder, kit.tokenizer
+
+    def model(self, **sizes):
+        return self.kit.model(**({"kind": tf.LlamaForSequenceClassification, "num_labels": 1} | sizes))
+
+    def config(self, **settings) -> RewardConfig:
+        defaults = {
+            "output_dir": str(self.folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 0.1,
+            "optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        return RewardConfig(**(defaults | settings))
+
+    def trainer(self, model, train=None, evaluation=None, *, peft_config=None, reward_reference=None, **settings):
+        return RewardTrainer(
+            model,
+            self.config(**settings),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=self.tokenizer,
+            peft_config=peft_config,
+            reward_reference=reward_reference,
+        )
+
+    def pairs(self, n: int, seed: int = 0, margin: bool = False) -> Dataset:
+        data = self.kit.pairs(n, seed)
+        return data.add_column("margin", np.linspace(-1, 1, n)) if margin else data
+
+    @staticmethod
+    def lists(n: int, seed: int = 0) -> Dataset:
+        rng = np.random.default_rng(seed)
+        rows = []
+        for i in range(n):
+            k = int(rng.integers(2, 6))
+            responses = [rng.integers(3, 61, rng.integers(1, 9)).tolist() for _ in range(k)]
+            row = {"prompt_ids": rng.integers(3, 61, 4).tolist(), "response_ids": responses}
+            rows.append(row | {"ranks": [1, 2, *rng.integers(1, 4, k - 2).tolist()], "row": i})
+        return Dataset.from_list(rows)
+
+    @staticmethod
+    def labels(n: int, seed: int = 0, binary: bool = False) -> Dataset:
+        rng = np.random.default_rng(seed)
+        rows = []
+        for i in range(n):
+            row = {"prompt_ids": rng.integers(3, 61, 4).tolist(), "completion_ids": rng.integers(3, 61, 5).tolist()}
+            rows.append(row | {"label": bool(i % 2) if binary else float(rng.normal()), "row": i})
+        return Dataset.from_list(rows)
+
+    def data(self, kind: str, n: int, seed: int = 0) -> Dataset:
+        if kind in ("scalar", "binary"):
+            return self.labels(n, seed, binary=kind == "binary")
+        return self.lists(n, seed) if kind == "lists" else self.pairs(n, seed, margin=kind == "margins")
+
+
+@pytest.fixture
+def rewards(kit) -> RewardKit:
+    return RewardKit(kit)

@@ -37,3 +37,15 @@ def test_accuracy_is_that_of_pairs_or_else_of_tokens():
     )
     both = {"eval_loss": 2.0, "eval_mean_token_accuracy": 0.25, "eval_rewards/accuracies": 0.5}
     assert evaluation_line(3, both) == "eval at step 3: loss 2.0000, accuracy 0.5000"
+
+
+def test_reward_models_show_their_own_names():
+    logs = {
+        "eval_loss": 0.5,
+        "eval_accuracy": 0.75,
+        "eval_accuracy_se": 0.25,
+        "eval_margin": 1.0,
+        "eval_loss_se": 0.125,
+    }
+    assert evaluation_line(3, logs) == ("eval at step 3: loss 0.5000 ± 0.1250, accuracy 0.7500 ± 0.2500, margin 1.0000")
+    assert evaluation_line(3, {"eval_loss": 0.5, "eval_label_correlation": 0.25}).endswith("correlation 0.2500")

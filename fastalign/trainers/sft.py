@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
@@ -13,6 +14,8 @@ from transformers import TrainerCallback, set_seed
 from fastalign.linear import linear_cross_entropy
 from fastalign.models import Head, disable_dropout, fuse_head
 from fastalign.models.head import base_causal_lm
+from fastalign.models.packing import enable_segments
+from fastalign.models.segments import Segments
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
@@ -28,7 +31,7 @@ from fastalign.trainers.loading import (
 )
 from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.sft_config import SFTConfig
-from fastalign.trainers.sft_data import COLUMNS, FormattingFunc, completion_examples, prepare_tokenizer
+from fastalign.trainers.sft_data import COLUMNS, FormattingFunc, completion_examples, packed, prepare_tokenizer
 from fastalign.types import LossOutput
 
 
@@ -58,7 +61,7 @@ class SFTTrainer(FusedTrainer):
     """
 
     args: SFTConfig
-    columns = COLUMNS
+    columns = (*COLUMNS, "seq_lengths")
 
     def __init__(
         self,
@@ -83,6 +86,12 @@ class SFTTrainer(FusedTrainer):
         self.data_reports = self._examples.reports
         train = self._examples.training(train_dataset)
         evaluation = self._examples.evaluation(eval_dataset)
+        if train is not None:
+            train = self._laid_out(train, "train", args.packing)
+        self._eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        evaluation = {
+            name: self._laid_out(part, name or "eval", self._eval_packing) for name, part in evaluation.items()
+        }
         if train is None and not evaluation:
             raise ValueError("no data: give train_dataset, or args.dataset_name")
 
@@ -112,16 +121,28 @@ class SFTTrainer(FusedTrainer):
         )
         base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         fuse_head(self.model)
+        if args.packing or self._eval_packing:
+            enable_segments(self.model)
+
+    def _laid_out(self, dataset: Dataset, name: str, packing: bool) -> Dataset:
+        if packing:
+            return packed(dataset, name, self._examples.args)
+        if "seq_lengths" in dataset.column_names:
+            raise ValueError(f"the {name} data is packed (it has seq_lengths): set packing=True, or eval_packing=True")
+        return dataset
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics over the constructor's eval_dataset or another."""
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._examples.prepare(part, "evaluate") for name, part in eval_dataset.items()}
+            eval_dataset = {name: self._evaluated(part) for name, part in eval_dataset.items()}
         elif eval_dataset is not None and not self._names_own_split(eval_dataset):
-            eval_dataset = self._examples.prepare(eval_dataset, "evaluate")
+            eval_dataset = self._evaluated(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluated(self, dataset: Any) -> Dataset:
+        return self._laid_out(self._examples.prepare(dataset, "evaluate"), "evaluate", self._eval_packing)
 
     def _names_own_split(self, dataset: Any) -> bool:
         return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
@@ -145,8 +166,11 @@ class SFTTrainer(FusedTrainer):
         self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any
     ) -> Any:
         """One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
-        masked; without a mask attention takes its fast causal path.
+        masked; without a mask attention takes its fast causal path. Packed sequences are told apart by `segments`.
         """
+        if "segment_lengths" in batch:
+            model_kwargs |= {name: batch[name] for name in ("attention_mask", "position_ids")}
+            model_kwargs["segments"] = Segments(batch["segment_lengths"], batch["input_ids"].shape[1])
         args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:

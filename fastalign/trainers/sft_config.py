@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastalign.data.packing import PACKING_STRATEGIES
 from fastalign.trainers.config import REFUSED, TrainerConfig, described
 
 
@@ -37,6 +38,24 @@ class SFTConfig(TrainerConfig):
         ),
     )
 
+    packing: bool = field(
+        default=False,
+        metadata=described(
+            "Put several sequences into one of max_length tokens, so that hardly any padding is computed. Attention "
+            "keeps them apart: the loss is that of the sequences one by one."
+        ),
+    )
+    packing_strategy: str = field(
+        default="bfd",
+        metadata=described(
+            "Best fit, longest first. bfd: a sequence over max_length is truncated; bfd_split: it is cut into several.",
+            choices=PACKING_STRATEGIES,
+        ),
+    )
+    eval_packing: bool | None = field(
+        default=None, metadata=described("Whether to pack evaluation data; by default as packing.")
+    )
+
     # ---- loss
     completion_only_loss: bool | None = field(
         default=None,
@@ -63,5 +82,11 @@ class SFTConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.packing_strategy not in PACKING_STRATEGIES:
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r}: accepted are {', '.join(PACKING_STRATEGIES)}"
+            )
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ValueError("packing=True needs max_length, the length to pack sequences to; max_length is None")
         if not self.dataset_text_field:
             raise ValueError("dataset_text_field='': the name of a column is accepted")

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.data import CompletionCollator, DataReport, load_rows, prepare_completions
+from fastalign.data.packing import pack
 from fastalign.data.rows import RowSource
 from fastalign.trainers.examples import Examples, padding_id, row_options
 from fastalign.trainers.reference import list_lengths
@@ -40,16 +41,30 @@ def completion_examples(tokenizer: Any, args: SFTConfig, formatting_func: Format
         return prepare_completions(
             dataset, tokenizer, completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss, text_field=args.dataset_text_field,
-            **options, **row_options(args),
+            **options, **limits,
         )  # fmt: skip
 
+    # "bfd_split" cuts what is too long only when it packs
+    split = args.packing and args.packing_strategy == "bfd_split"
+    limits = row_options(args) | ({"max_length": None} if split else {})
+
+    def lengths(dataset: Dataset) -> np.ndarray:
+        found = list_lengths(dataset, "input_ids")
+        return np.minimum(found, args.max_length) if split else found
+
     collator = CompletionCollator(padding_id(tokenizer), pad_to_multiple_of=args.pad_to_multiple_of)
-    return Examples(tokenizer, args, tokenize, COLUMNS, sequence_lengths, collator)
+    return Examples(tokenizer, args, tokenize, COLUMNS, lengths, collator)
 
 
-def sequence_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each example, (len(dataset),) int64."""
-    return list_lengths(dataset, "input_ids")
+def packed(dataset: Dataset, name: str, args: SFTConfig) -> Dataset:
+    """A tokenised data set with several sequences an example; one with seq_lengths is packed already."""
+    if "seq_lengths" in dataset.column_names:
+        return dataset
+    assert args.max_length is not None
+    whole = pack(dataset, args.max_length, args.packing_strategy)
+    full = list_lengths(whole, "input_ids").mean() / args.max_length
+    logger.info("%s data: %d sequences packed into %d, %.1f %% full", name, len(dataset), len(whole), 100 * full)
+    return whole
 
 
 def _formatted(source: RowSource, formatting_func: FormattingFunc, text_field: str) -> RowSource:

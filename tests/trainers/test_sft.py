@@ -1,6 +1,5 @@
 """SFTTrainer on a tiny model: its loss is transformers' own, whatever the batch is cut into; adapters; resuming."""
 
-import copy
 import json
 
 import numpy as np
@@ -159,99 +158,78 @@ def test_the_routers_loss_is_weighted_by_tokens(kit, sft):
         assert log["loss"] == pytest.approx(off["loss"] + 0.5 * log["aux_loss"], rel=1e-5)
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-ROWS = [{"prompt": "w3 w4", "completion": " w5"}, {"prompt": "w6", "completion": " w7 w8"}]
+# Packing --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "trained"),
+    ("kind", "config", "sizes"),
     [
-        (ROWS, {}, [["w5", "<eos>"], ["w7", "w8", "<eos>"]]),
-        (ROWS, {"completion_only_loss": False}, [["w4", "w5", "<eos>"], ["w7", "w8", "<eos>"]]),
-        ([{"text": "w3 w4"}], {}, [["w4", "<eos>"]]),
-        ([{"body": "w3 w4"}], {"dataset_text_field": "body"}, [["w4", "<eos>"]]),
-        (
-            [{"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]}],
-            {"assistant_only_loss": True}, [["w4", "<eos>"]],
-        ),
-        (
-            [{"messages": [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]}],
-            {}, [["<eos>", "w4", "<eos>"]],
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_trained_on_follows_the_config(kit, sft, rows, settings, trained):
-    trainer = sft(train=rows, **settings)
-    found = [
-        [token for token, on in zip(kit.tokenizer.convert_ids_to_tokens(e["input_ids"]), e["completion_mask"],
-                                    strict=True) if on]
-        for e in trainer.train_dataset
-    ]  # fmt: skip
-    assert found == trained
-    assert trainer.data_reports["train"].kept == len(rows)
-
-
-def test_a_formatting_function_makes_the_text(kit, sft):
-    trainer = sft(train=[{"a": "w3", "b": "w4"}], formatting_func=lambda row: f"{row['a']} {row['b']}")
-    assert kit.tokenizer.decode(trainer.train_dataset[0]["input_ids"]) == "w3 w4 <eos>"
-    with pytest.raises(ValueError, match="formatting_func makes plain text"):
-        sft(train=[{"a": "w3"}], formatting_func=lambda row: row["a"], completion_only_loss=True)
-
-
-def test_bad_rows_are_named(sft):
-    with pytest.raises(ValueError, match=r"row 1: missing key \(none of 'text', 'messages'"):
-        sft(train=[{"text": "w3 w4"}, {"label": 1}])
-    assert len(sft(train=[{"text": "w3 w4"}, {"label": 1}], on_bad_row="skip").train_dataset) == 1
-
-
-def test_the_template_and_the_end_of_sequence_can_be_chosen(kit, sft):
-    path = kit.folder / "chat.jinja"
-    path.write_text("{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}")
-    own, row = copy.deepcopy(kit.tokenizer), [{"messages": [{"role": "user", "content": "w3"}]}]
-    trainer = sft(train=row, tokenizer=own, chat_template_path=str(path), eos_token="w60", max_steps=1)
-    assert own.convert_ids_to_tokens(trainer.train_dataset[0]["input_ids"]) == ["<unk>", "w3", "<eos>"]
-    assert trainer.model.config.eos_token_id == 60
-    assert trainer.model.generation_config.eos_token_id == [60, 1]
-    text = sft(train=[{"text": "w3"}], tokenizer=own)
-    assert text.train_dataset[0]["input_ids"] == [3, 60]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"eos_token": "<nothing>"}, "eos_token='<nothing>': it is not in the vocabulary"),
-        ({"chat_template_path": "nowhere.jinja"}, "chat_template_path='nowhere.jinja': there is no such file"),
+        (tf.LlamaForCausalLM, tf.LlamaConfig, {}),
+        (tf.Qwen3ForCausalLM, tf.Qwen3Config, {"head_dim": 8}),
+        (tf.Gemma2ForCausalLM, tf.Gemma2Config, {"head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 9.0}),
     ],
 )
-def test_what_a_tokenizer_cannot_be_given_is_named(sft, settings, message):
-    with pytest.raises(ValueError, match=message):
-        sft(**settings)
+def test_packing_changes_nothing_but_the_layout(kit, sft, kind, config, sizes):
+    """Loss, gradients (by the weights they move) and metrics, of all sequences in one step."""
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "max_length": 32, "backend": "torch"}
+    held_out = sequences(9, seed=1)
+    runs = []
+    for other in ({"micro_batch_tokens": 0}, {"packing": True, "micro_batch_tokens": 80},
+                  {"packing": True, "gradient_checkpointing": True, "eval_packing": False}):  # fmt: skip
+        model = kit.model(kind=kind, config=config, **sizes)
+        trainer = sft(model, sequences(30), held_out, **(settings | other))
+        trainer.train()
+        runs.append((trainer, kit.weights(trainer), kit.logs(trainer), trainer.evaluate()))
+    padded, packed, mixed = (trainer for trainer, *_ in runs)
+    assert len(packed.train_dataset) == len(mixed.train_dataset) < 16
+    assert len(packed.eval_dataset) < len(mixed.eval_dataset) == len(padded.eval_dataset) == 9
+    (_, weights, logs, metrics), *others = runs
+    for _, own_weights, own_logs, own_metrics in others:
+        kit.assert_same(own_weights, weights, rtol=1e-5, atol=2e-6)
+        for got, want in zip(own_logs, logs, strict=True):
+            for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+                assert got[name] == pytest.approx(want[name], rel=1e-5), name
+        for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+            assert own_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
 
 
-def test_another_tokenizers_template_is_taken_with_its_special_tokens_or_not_at_all(kit, sft):
-    other = copy.deepcopy(kit.tokenizer)
-    other.chat_template = "<|turn|> {% for m in messages %}{{ m['content'] }}{% endfor %}"
-    other.save_pretrained(kit.folder / "plain")
-    own = copy.deepcopy(kit.tokenizer)
-    sft(train=[{"text": "w3"}], tokenizer=own, chat_template_path=str(kit.folder / "plain"))
-    assert own.chat_template == other.chat_template
-    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    other.save_pretrained(kit.folder / "special")
-    with pytest.raises(ValueError, match=r"its template writes <\|turn\|>, which this tokenizer does not have"):
-        sft(tokenizer=own, chat_template_path=str(kit.folder / "special"))
-    other.chat_template = None
-    other.save_pretrained(kit.folder / "bare")
-    with pytest.raises(ValueError, match="that tokenizer has no chat template"):
-        sft(tokenizer=own, chat_template_path=str(kit.folder / "bare"))
+def test_a_packed_run_resumes_and_saves_a_plain_model(kit, sft):
+    def make():
+        return sft(
+            kit.model(), sequences(40), packing=True, max_length=32, per_device_train_batch_size=2, num_train_epochs=2,
+            optim="adamw_torch", learning_rate=0.01, save_strategy="steps", save_steps=3,
+        )  # fmt: skip
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(kit.folder / "out" / "checkpoint-3"))
+    kit.assert_same(kit.weights(resumed), kit.weights(whole), rtol=0, atol=0)
+    whole.save_model()
+    assert "fastalign" not in (kit.folder / "out" / "config.json").read_text()
+    loaded = tf.AutoModelForCausalLM.from_pretrained(kit.folder / "out")
+    assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_tokenised_data_is_checked(sft):
-    with pytest.raises(ValueError, match=r"row 0 of the tokenised data set has \d+ tokens, max_length=4 is accepted"):
-        sft(train=sequences(2, longest=30), max_length=4)
-    with pytest.raises(ValueError, match="no data"):
-        SFTTrainer(sft().model, SFTConfig("out", use_cpu=True), processing_class=sft().processing_class)
+def test_long_sequences_are_split_or_truncated(kit, sft):
+    rows = [{"text": " ".join(f"w{3 + i}" for i in range(30))}, {"text": "w3 w4"}]
+    split = sft(train=rows, packing=True, packing_strategy="bfd_split", max_length=12)
+    assert sorted(n for e in split.train_dataset for n in e["seq_lengths"]) == [3, 7, 12, 12]
+    cut = sft(train=rows, packing=True, max_length=12)
+    assert sorted(n for e in cut.train_dataset for n in e["seq_lengths"]) == [3, 12]
+    assert cut.data_reports["train"].truncated_completions == 1
+
+
+def test_packed_data_is_known_and_needs_packing(sft):
+    packed = sft(train=sequences(8), packing=True, max_length=48).train_dataset
+    assert sft(train=packed, packing=True, max_length=48).train_dataset is packed
+    with pytest.raises(ValueError, match=r"the train data is packed \(it has seq_lengths\): set packing=True"):
+        sft(train=packed, max_length=48)
+
+
+def test_models_that_cannot_be_packed_are_named(sft):
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="BloomForCausalLM does not attend through"):
+        sft(bloom, packing=True)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -301,6 +279,15 @@ def test_resumed_training_ends_in_the_same_weights(kit, sft, adapter):
         assert kit.logs(resumed)[-1][name] == kit.logs(whole)[-1][name]
 
 
+def test_generation_stops_at_the_chosen_end_of_sequence(sft):
+    trainer = sft(eos_token="w60")
+    try:
+        assert trainer.model.config.eos_token_id == 60
+        assert trainer.model.generation_config.eos_token_id == [60, 1]
+    finally:
+        trainer.processing_class.eos_token = "<eos>"  # the session's tokenizer
+
+
 def test_it_learns(kit, sft):
     trainer = sft(train=sequences(4), num_train_epochs=60, optim="adamw_torch", learning_rate=0.02)
     trainer.train()
@@ -315,5 +302,7 @@ def test_what_is_not_supported_is_refused(sft, kit):
         SFTTrainer(kit.model(), compute_metrics=lambda output: {})
     with pytest.raises(ValueError, match="args must be a SFTConfig, got DPOConfig"):
         SFTTrainer(kit.model(), kit.config())
+    with pytest.raises(ValueError, match="no data"):
+        SFTTrainer(kit.model(), SFTConfig("out", use_cpu=True), processing_class=kit.tokenizer)
     with pytest.raises(ValueError, match="no logits"):
         sft().predict(sequences(2))

@@ -41,3 +41,8 @@ def test_unsupported_options_are_refused_by_name(tmp_path, name):
 def test_bad_values_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="dataset_text_field"):
         config(tmp_path, dataset_text_field="")
+    with pytest.raises(ValueError, match="packing_strategy='wrapped': accepted are bfd, bfd_split"):
+        config(tmp_path, packing_strategy="wrapped")
+    for name in ("packing", "eval_packing"):
+        with pytest.raises(ValueError, match="packing=True needs max_length"):
+            config(tmp_path, max_length=None, **{name: True})

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -99,9 +100,14 @@ class ActorCritic(nn.Module):
             save_file(state, str(Path(folder) / VALUE_HEAD_FILE))
 
     def load_value_head(self, folder: str | Path) -> None:
-        """The value head that `save_critic` wrote."""
+        """The value head that `save_critic` wrote into this folder."""
         assert self.value_head is not None
         self.value_head.load_state_dict(load_file(str(Path(folder) / VALUE_HEAD_FILE)))
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """A scalar model with its adapter merged in, if it has one."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def scalar_model_from(policy: nn.Module) -> PreTrainedModel:
@@ -119,9 +125,15 @@ def scalar_model_from(policy: nn.Module) -> PreTrainedModel:
         raise ValueError(f"{type(base).__name__} has no sequence classifier in transformers to make a critic of") from (
             error
         )
-    trunk = {name.replace(".base_layer", ""): tensor for name, tensor in base.base_model.state_dict().items()}
-    own = {name: tensor for name, tensor in trunk.items() if "lora_" not in name}
-    model.base_model.load_state_dict(own)
+    trunk = {
+        name.replace(".base_layer", "").replace(".original_module", ""): tensor
+        for name, tensor in base.base_model.state_dict().items()
+        if "lora_" not in name and ".modules_to_save." not in name
+    }
+    try:
+        model.base_model.load_state_dict(trunk)
+    except RuntimeError as error:  # a quantised trunk, say
+        raise ValueError(f"no critic can be made of the {type(base).__name__} in memory: give value_model") from error
     head = scalar_head(model)
     with torch.no_grad():
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)

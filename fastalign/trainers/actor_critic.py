@@ -8,25 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
-from fastalign.models.actor_critic import CRITIC_FOLDER, ActorCritic
-from fastalign.trainers.base import FusedTrainer
+from fastalign.models.actor_critic import CRITIC_FOLDER, VALUE_HEAD_FILE, ActorCritic
+from fastalign.trainers.base import STATE_FILE, FusedTrainer
+from fastalign.types import Metric
 
 
 class ActorCriticTrainer(FusedTrainer):
     """Saves the policy as transformers saves a model, the critic in critic/ or value_head.safetensors beside it.
 
+    Gradients of a critic of its own are clipped apart from the policy's: its errors, large at first, do not scale the
+    policy's step. A value head shares the policy's trunk and is clipped with it.
+
     critic_learning_rate: of the critic's parameters, which are in optimizer groups of their own; None for the policy's.
     """
+
+    model: Any
 
     def __init__(
         self, *args: Any, actor_critic: ActorCritic, critic_learning_rate: float | None = None, **kwargs: Any
     ) -> None:
+        if critic_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
+            raise ValueError("critic_learning_rate has no effect on an optimizer that is given; set it in there")
         self.actor_critic = actor_critic
         self._critic_learning_rate = critic_learning_rate
         super().__init__(*args, model=actor_critic, **kwargs)
+
+    # ---- optimising
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's, with the critic's parameters in groups of their own."""
@@ -43,8 +53,24 @@ class ActorCriticTrainer(FusedTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": rate, "initial_lr": rate})
         return optimizer
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip to max_grad_norm; returns the policy's norm before."""
+        if self.actor_critic.critic is None:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        limit = self.args.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
+        self._train_meter.update({"val/critic_grad_norm": Metric(norm.detach(), torch.ones_like(norm))})
+        return nn.utils.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
+
+    # ---- saving and loading
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy as transformers saves it, tokenizer and critic beside it; see `merge_adapter` for `merged/`."""
+        with self._as_model(self.actor_critic.policy):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy as transformers saves it, the critic beside it."""
         folder = output_dir or self.args.output_dir
         with self._as_model(self.actor_critic.policy):
             super()._save(folder)
@@ -52,22 +78,45 @@ class ActorCriticTrainer(FusedTrainer):
             self.actor_critic.save_critic(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / STATE_FILE).is_file():
+            raise ValueError(
+                f"{folder} has no {STATE_FILE}, which holds what a run carries beside its weights: it is not a "
+                "checkpoint of such a run"
+            )
+        self._check_critic(folder)
+        super()._load_from_checkpoint(resume_from_checkpoint, self.actor_critic.policy)
+        self._load_critic(folder)
+
+    def _load_best_model(self) -> None:
+        with self._as_model(self.actor_critic.policy):
+            super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._load_critic(Path(self.state.best_model_checkpoint))
+
+    def _check_critic(self, folder: Path) -> None:
+        """Raise ValueError for a checkpoint of a run with another kind of critic."""
         both = self.actor_critic
-        super()._load_from_checkpoint(resume_from_checkpoint, both.policy)
-        if both.critic is not None:
-            folder = str(Path(resume_from_checkpoint) / CRITIC_FOLDER)
-            if not Path(folder).is_dir():
+        own = {CRITIC_FOLDER: both.critic is not None, VALUE_HEAD_FILE: both.value_head is not None}
+        for name, expected in own.items():
+            if (folder / name).exists() != expected:
+                found, has = ("has no", "has one") if expected else ("has a", "has none")
                 raise ValueError(
-                    f"{resume_from_checkpoint} has no {CRITIC_FOLDER}/: it is not a checkpoint of this run"
+                    f"{folder} {found} {name}, and this run {has}: resume with the advantage_estimator and value_head "
+                    "of the first run"
                 )
-            Trainer._load_from_checkpoint(self, folder, both.critic)
+
+    def _load_critic(self, folder: Path) -> None:
+        both = self.actor_critic
+        if both.critic is not None:
+            Trainer._load_from_checkpoint(self, str(folder / CRITIC_FOLDER), both.critic)
         if both.value_head is not None:
-            both.load_value_head(resume_from_checkpoint)
+            both.load_value_head(folder)
 
     @contextlib.contextmanager
     def _as_model(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `model` is what Trainer saves."""
-        whole: Any = self.model
+        """Inside, `model` is what Trainer saves and loads."""
+        whole = self.model
         self.model = model
         try:
             yield

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.losses import RunningMoments, shape_scores, token_rewards
-from fastalign.ops import gae, group_advantages, whiten
+from fastalign.losses import RunningMoments, kl_estimate, shape_scores, token_rewards
+from fastalign.ops import discounted_returns, gae, group_advantages, whiten
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.types import Metric
+
+Reduce = Callable[[Tensor], Tensor] | None
+"""Sums a tensor over processes; None for one."""
 
 
 class TokenGrid:
@@ -43,12 +46,11 @@ class TokenGrid:
 class Experience:
     """What an update trains on, (n,) float32 each, in the order of the batch's rows; and the phase's metrics.
 
-    kl: 0-dim, nats per completion, its mean over the completions of this process. returns: None without a critic.
+    returns: None without a critic.
     """
 
     advantages: Tensor
     returns: Tensor | None
-    kl: Tensor
     metrics: dict[str, Metric]
 
 
@@ -63,21 +65,24 @@ def make_experience(
     ref_logps: Tensor | None,
     values: Tensor | None,
     kl_coef: float,
-    moments: RunningMoments | None,
-    reduce: Callable[[Tensor], Tensor] | None,
+    moments: RunningMoments | None = None,
+    reduce: Reduce = None,
+    counts: bool = True,
 ) -> Experience:
     """Scores → KL-shaped token rewards → advantages and returns, by the config.
 
     scores (S,), finished (S,) bool: of the completions, prompt-major, num_generations of each prompt. logps, ref_logps,
-    values: (n,) float32, of their tokens. kl_coef: of the rewards, now. moments: running statistics, which take
-    the scores in. reduce: sums a tensor over processes, None for one.
+    values: (n,) float32, of their tokens. kl_coef: of the rewards, now. moments: running statistics that normalise the
+    scores; they have taken them in. counts: False for a process that only takes part: its metrics have weight 0.
+
+    Metrics: means over completions of sums over their tokens, beside the fraction that was cut (completions/*) and the
+    critic's explained variance, 1 − Var(returns − values)/Var(returns) over tokens.
 
     Raises ValueError for completions that are not a multiple of num_generations.
     """
-    grid = TokenGrid(cu_seqlens, logps.device)
-    raw = scores.float()
-    if moments is not None:
-        moments.update(raw, reduce=reduce)
+    if len(scores) % args.num_generations:
+        raise ValueError(f"{len(scores)} completions are not a multiple of num_generations={args.num_generations}")
+    grid, raw = TokenGrid(cu_seqlens, logps.device), scores.float()
     shaped = shape_scores(
         raw, moments=moments, clip=args.score_clip, finished=finished, missing_eos_penalty=args.missing_eos_penalty
     )
@@ -86,29 +91,54 @@ def make_experience(
         shaped, grid.spread(logps), reference, grid.mask,
         kl_coef=0.0 if reference is None else kl_coef, kl_estimator=args.kl_estimator,
     )  # fmt: skip
-    plain = rewards
+    metrics = {
+        "objective/scores": _mean(raw),
+        "objective/scores_std": _whole(deviation(raw, torch.ones_like(raw) * counts, reduce), raw),
+        "objective/rlhf_reward": _mean(rewards.sum(1)),
+        "objective/non_score_reward": _mean(-kl_coef * kl.sum(1)),
+        "objective/entropy": _mean(-grid.spread(logps).sum(1)),
+        "completions/mean_length": _mean(grid.mask.sum(1).float()),
+        "completions/clipped_ratio": _mean((~finished).float()),
+    }
+    if args.num_generations > 1:
+        group = raw.view(-1, args.num_generations)
+        metrics["frac_reward_zero_std"] = _mean((group.amax(1) == group.amin(1)).float())
+    if ref_logps is not None:  # the KL that is measured and controlled is k1, whatever estimator shapes the rewards
+        metrics["objective/kl"] = _mean(grid.spread(logps - ref_logps).sum(1))
+        metrics["objective/kl_k3"] = _mean(grid.spread(kl_estimate(logps, ref_logps, "k3")).sum(1))
     if args.whiten_rewards:
         rewards = whiten(rewards, grid.mask, shift_mean=False, reduce=reduce)
-    spread_values = None if values is None else grid.spread(values)
-    advantages, returns = _advantages(args, rewards, spread_values, grid.mask)
+    advantages, returns = _advantages(args, rewards, None if values is None else grid.spread(values), grid.mask)
     if args.whitens_advantages:
         advantages = whiten(advantages, grid.mask, reduce=reduce)
-    metrics = _metrics(args, grid, scores=raw, finished=finished, shaped=shaped, rewards=plain, logps=logps, kl=kl)
-    if ref_logps is not None:  # the KL that is measured and controlled is k1, whatever estimator shapes the rewards
-        measured = grid.spread(logps - ref_logps).sum(1)
-        metrics["objective/kl"] = _mean(measured)
-        difference = logps - ref_logps
-        metrics["objective/kl_k3"] = Metric(
-            (torch.expm1(-difference) + difference).sum(), torch.full_like(measured.sum(), len(scores))
-        )
-    else:
-        measured = torch.zeros_like(shaped)
-    return Experience(
-        advantages=grid.gather(advantages),
-        returns=None if returns is None else grid.gather(returns),
-        kl=measured.mean(),
-        metrics=metrics,
-    )
+    flat_returns = None if returns is None else grid.gather(returns)
+    if flat_returns is not None:
+        assert values is not None
+        explained = explained_variance(values, flat_returns, torch.ones_like(values) * counts, reduce)
+        metrics["val/explained_variance"] = _whole(explained, values)
+    if not counts:
+        metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
+    return Experience(advantages=grid.gather(advantages), returns=flat_returns, metrics=metrics)
+
+
+def deviation(values: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
+    """0-dim: the standard deviation (uncorrected) of values (n,) with weights 0 or 1, over all processes; 0 of none."""
+    return _variance(values, weights, reduce).sqrt()
+
+
+def explained_variance(values: Tensor, returns: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
+    """0-dim: 1 − Var(returns − values)/Var(returns), 1 for a perfect critic; 0 where the returns do not vary."""
+    whole = _variance(returns, weights, reduce)
+    left = _variance(returns - values, weights, reduce)
+    return torch.where(whole > 0, 1 - left / torch.where(whole > 0, whole, 1.0), 0.0)
+
+
+def _variance(values: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
+    total = reduce or (lambda tensor: tensor)
+    values, weights = values.double(), weights.double()
+    sums = total(torch.stack([weights.sum(), (values * weights).sum()]))
+    count = sums[0].clamp(min=1)
+    return total(((values - sums[1] / count).square() * weights).sum()) / count
 
 
 def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -117,35 +147,17 @@ def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: T
         assert values is not None
         return gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
     if args.advantage_estimator == "reinforce":
-        return gae(rewards, torch.zeros_like(rewards), mask, gamma=args.gamma, lam=1.0)[0], None
-    if len(rewards) % args.num_generations:
-        raise ValueError(f"{len(rewards)} completions are not a multiple of num_generations={args.num_generations}")
+        return discounted_returns(rewards, mask, gamma=args.gamma), None
     groups = torch.arange(len(rewards), device=rewards.device) // args.num_generations
     whole = group_advantages(rewards.sum(1), groups, estimator=args.advantage_estimator, scale=args.scale_rewards)
     return torch.where(mask, whole[:, None], 0.0), None
 
 
-def _metrics(
-    args: PPOConfig, grid: TokenGrid, *, scores: Tensor, finished: Tensor, shaped: Tensor, rewards: Tensor,
-    logps: Tensor, kl: Tensor,
-) -> dict[str, Metric]:  # fmt: skip
-    """TRL's `objective/*` and `completions/*`; sums over a completion, means over completions."""
-    lengths = grid.mask.sum(1).float()
-    total = rewards.sum(1)
-    metrics = {
-        "objective/scores": _mean(scores),
-        "objective/rlhf_reward": _mean(total),
-        "objective/non_score_reward": _mean(total - shaped),
-        "objective/entropy": _mean(-grid.spread(logps).sum(1)),
-        "completions/mean_length": _mean(lengths),
-        "completions/clipped_ratio": _mean((~finished).float()),
-        "objective/scores_std": _mean(scores.std(correction=0).expand(len(scores))),
-    }
-    if args.advantage_estimator in ("group", "rloo"):
-        group = scores.view(-1, args.num_generations)
-        metrics["frac_reward_zero_std"] = _mean((group.amax(1) == group.amin(1)).float())
-    return metrics
-
-
 def _mean(values: Tensor) -> Metric:
     return Metric(values.sum(), torch.full_like(values.sum(), values.numel()))
+
+
+def _whole(value: Tensor, like: Tensor) -> Metric:
+    """A figure of the whole phase, weighted by this process's share."""
+    count = torch.full((), len(like), dtype=torch.float32, device=like.device)
+    return Metric(value.float() * count, count)

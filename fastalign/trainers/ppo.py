@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -17,10 +16,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
-from fastalign.trainers.actor_critic import ActorCriticTrainer
-from fastalign.trainers.batches import Batch, select_examples, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
 from fastalign.trainers.loading import autocast_dtype, load_tokenizer
+from fastalign.trainers.meters import Meter
 from fastalign.trainers.ppo_checks import Warner, phase_warnings
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.ppo_models import (
@@ -32,15 +30,14 @@ from fastalign.trainers.ppo_models import (
     policy_source,
     prompt_sets,
 )
+from fastalign.trainers.ppo_passes import PassesTrainer
 from fastalign.trainers.ppo_rollout import Collector, PromptBatch, PromptSet
 from fastalign.trainers.ppo_state import PPOState
-from fastalign.trainers.ppo_trpo import policy_trpo_step, trpo_metrics
-from fastalign.trainers.ppo_update import policy_value_loss
 
 _EVALUATION = 2**31  # beside the number of a phase in the seed of a rollout
 
 
-class PPOTrainer(ActorCriticTrainer):
+class PPOTrainer(PassesTrainer):
     """Trains a policy by reinforcement learning on its own completions: PPO (arXiv 1707.06347), GRPO, RLOO, REINFORCE.
 
     A step is one phase: prompts → completions → scores → KL-shaped token rewards → advantages → num_ppo_epochs passes
@@ -102,15 +99,14 @@ class PPOTrainer(ActorCriticTrainer):
             raise ValueError("no data: give train_dataset, or args.dataset_name")
         set_seed(args.seed)  # a new adapter and a new head are initialised at random
         policy, start = build_policy(source, args, quantization_config, peft_config)
-        reference = build_reference(ref_model, args, start, quantization_config)
+        reference = build_reference(ref_model, args, source, start, quantization_config)
         rewards, reward_models = build_rewards(reward_model, args, tokenizer, reward_processing_class)
-        both = build_actor_critic(policy, source, value_model, args, reward_models, tokenizer)
+        both = build_actor_critic(policy, source, value_model, args, reward_models)
         use_cache = base_causal_lm(policy).config.use_cache
-        self._mini_batch_size, phase = args.mini_batch_size, args.rollout_batch_size
         super().__init__(
             actor_critic=both,
             critic_learning_rate=args.critic_learning_rate,
-            args=_trainer_args(args),
+            args=_trainer_args(args, train),
             data_collator=PromptBatch.collate,
             train_dataset=train,
             eval_dataset=evaluation.get("", evaluation or None),
@@ -120,7 +116,7 @@ class PPOTrainer(ActorCriticTrainer):
             micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
         base_causal_lm(policy).config.use_cache = use_cache
-        self._train_batch_size = phase // args.num_generations  # prompts of a phase, in each process
+        self._train_batch_size = args.prompts_per_phase  # in each process
         self.collector = Collector(
             args=self.args,
             model=both,
@@ -136,6 +132,7 @@ class PPOTrainer(ActorCriticTrainer):
         self._reference_digest = self._digest()
         self.run = PPOState(args)
         self._phase_tokens = 0
+        self._timed = (0, 0.0)  # episodes and seconds since the last log
         self._warn = Warner()
 
     def _digest(self) -> str | None:
@@ -152,100 +149,42 @@ class PPOTrainer(ActorCriticTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample, score and update: everything but the optimizer step of the last mini-batch, which is Trainer's."""
-        if self._clock is None:
-            self._clock = time.perf_counter()
-        step = self.state.global_step
-        self.collector.sampler.sync(self.actor_critic.policy)
+        start = time.perf_counter()
+        self._clock = self._clock or start
+        self._optimizer_mode("train")
         batch, experience = self.collector.collect(
-            inputs, (self.args.seed, step), kl_coef=self.run.kl.coef, moments=self.run.moments
-        )
-        self._train_meter.update(experience.metrics)
+            inputs, self.train_dataset.columns, (self.args.seed, self.state.global_step), kl_coef=self.run.kl.coef,
+            moments=self.run.moments,
+        )  # fmt: skip
+        count = len(batch["lengths"])
+        episodes = count * self.accelerator.num_processes  # as many in each
         self._phase_tokens = int(np.sum(batch["lengths"]))
         self._tokens += self._phase_tokens
         model.train()
-        if callable(schedule_free := getattr(self.optimizer, "train", None)):
-            schedule_free()
-        loss = self._update(model, batch)
-        episodes = len(batch["lengths"]) * self.accelerator.num_processes
+        output = self.update_on(model, batch)
+        phase = Meter()
+        for metrics in (experience.metrics, output.metrics):
+            phase.update(metrics)
+            self._train_meter.update(metrics)
+        values, _ = phase.values(self._sum_over_processes)
+        if self.run.follows_kl and not self._warms_up:
+            self.run.kl.update(values["objective/kl"], episodes)
         self.run.episodes += episodes
-        if self.run.follows_kl:
-            # processes sample equally many completions, so the mean of means is the mean
-            kl = float(self._sum_over_processes(experience.kl)) / self.accelerator.num_processes
-            self.run.kl.update(kl, episodes)
-        return loss
+        self._timed = (self._timed[0] + episodes, self._timed[1] + time.perf_counter() - start)
+        narrow = autocast_dtype(self.args) is not None or self.args.dtype in ("bfloat16", "float16")
+        found = phase_warnings(values, target_kl=self.args.target_kl, narrow=narrow, completions=episodes)
+        self._warn(found, self.state.global_step + 1)
+        return output.loss
+
+    def _optimizer_mode(self, mode: str) -> None:
+        """A schedule-free optimizer has two sets of weights: one to train, one to evaluate."""
+        if callable(switch := getattr(self.optimizer, mode, None)):
+            switch()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of the updates of the phase that was just done: 6 a parameter and token; sampling is not counted."""
         parameters = sum(parameter.numel() for parameter in self.actor_critic.parameters())
         return 6 * parameters * self._phase_tokens * self.args.num_ppo_epochs
-
-    def _update(self, model: nn.Module, batch: Batch) -> Tensor:
-        """num_ppo_epochs passes over the phase's mini-batches; returns the mean loss."""
-        count, size = len(batch["lengths"]), self._mini_batch_size
-        if self.args.policy_loss == "trpo" and not self._critic_only:
-            pieces = split_batch(batch, self.micro_batch_tokens)
-            result = policy_trpo_step(self.actor_critic.policy, pieces, self.args)
-            self._train_meter.update(trpo_metrics(result, self.args.device))
-            if not self.actor_critic.has_critic:
-                return torch.full((), -result.improvement, device=self.args.device)
-        rng = np.random.default_rng([self.args.seed, self.state.global_step, self.accelerator.process_index])
-        orders = [rng.permutation(count) for _ in range(self.args.num_ppo_epochs)]
-        members = [np.sort(order[i : i + size]) for order in orders for i in range(0, count, size)]
-        last_pass = len(members) - len(members) // self.args.num_ppo_epochs
-        total, moved = torch.zeros((), device=self.args.device), torch.zeros(2, device=self.args.device)
-        for index, part in enumerate(members):
-            loss, kl = self._mini_batch(model, select_examples(batch, part), first=index == 0)
-            total += loss / len(members)
-            moved += kl if index >= last_pass else 0
-            if index < len(members) - 1:
-                if self.args.max_grad_norm > 0:
-                    self._clip_grad_norm(model)
-                self.optimizer.step()
-                model.zero_grad()
-        if self.run.follows_penalty:
-            kl_sum, tokens = self._sum_over_processes(moved).tolist()
-            self.run.penalty.update(kl_sum / max(tokens, 1.0), count)
-        return total
-
-    @property
-    def _critic_only(self) -> bool:
-        """During the warm-up the policy stays as it is."""
-        return self.state.global_step < self.args.critic_warmup_steps
-
-    def _mini_batch(self, model: nn.Module, batch: Batch, *, first: bool) -> tuple[Tensor, Tensor]:
-        """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`.
-
-        Returns its loss and (sum over tokens of KL(π_old‖π), tokens) of this process, detached.
-        """
-        device, processes = self.args.device, self.accelerator.num_processes
-        counts = torch.tensor([len(batch["rows"]), len(batch["lengths"])], dtype=torch.float32, device=device)
-        tokens, sequences = self._sum_over_processes(counts)
-        total, moved = torch.zeros((), device=device), torch.zeros(2, device=device)
-        pieces = split_batch(batch, self.micro_batch_tokens, multiple_of=self.args.pad_to_multiple_of)
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    output = policy_value_loss(
-                        model, piece, self.args, tokens=tokens, sequences=sequences,
-                        penalty_coef=self.run.penalty.coef,
-                        # under several processes every parameter takes part in a backward
-                        with_policy=self.args.policy_loss != "trpo" and (not self._critic_only or processes > 1),
-                        with_value=self.actor_critic.has_critic,
-                    )  # fmt: skip
-                self.accelerator.backward(output.loss * processes)
-            self._train_meter.update(output.metrics)
-            if (ratio := output.metrics.get("val/ratio")) is not None and first:
-                self._train_meter.update({"val/first_ratio": ratio})
-            if (kl := output.metrics.get("policy/approxkl_k3")) is not None:
-                moved += torch.stack([kl.total, kl.weight])
-            total += output.loss.detach()
-        if self._critic_only:
-            critic = set(map(id, self.actor_critic.critic_parameters()))
-            for parameter in self.actor_critic.parameters():
-                if id(parameter) not in critic:
-                    parameter.grad = None
-        return total, moved
 
     # ---- evaluation
 
@@ -268,39 +207,45 @@ class PPOTrainer(ActorCriticTrainer):
         return self.prompts.wrap(self.prompts.examples.prepare(dataset, "evaluate"))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        dataloader = kwargs.get("dataloader", args[0] if args else None)
+        dataloader = args[0] if args else kwargs["dataloader"]
+        self._optimizer_mode("eval")
         self._eval_meter.clear()
-        count = 0
-        for number, prompts in enumerate(dataloader or ()):
+        self.callback_handler.eval_dataloader = dataloader
+        moments = self.run.moments if self.run.episodes else None  # there are none before the first phase
+        count = torch.zeros(1, device=self.args.device)
+        for number, prompts in enumerate(dataloader):
+            own = self._own_examples(len(prompts))
+            # a process without prompts of its own takes part with weight zero, so that all report the same metrics
             batch, experience = self.collector.collect(
-                prompts, (self.args.seed, _EVALUATION, number), kl_coef=self.run.kl.coef, moments=None
-            )
-            count += len(batch["lengths"])
+                prompts.first(max(own, 1)), dataloader.dataset.columns, (self.args.seed, _EVALUATION, number),
+                kl_coef=self.run.kl.coef, moments=moments, learn=False, counts=own > 0,
+            )  # fmt: skip
+            count += len(batch["lengths"]) * (own > 0)
             self._eval_meter.update(experience.metrics)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         values, _ = self._eval_meter.values(self._sum_over_processes)
         self._eval_meter.clear()
         self._clock = None  # time spent here is not training time
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=count)
+        number = int(self._sum_over_processes(count))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
 
     # ---- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the run carries, and under TRL's names `lr` and `eps`, episodes a second."""
         if "loss" in logs and self._train_meter:
-            logs |= self.run.logs()
+            episodes, seconds = self._timed
+            self._timed = (0, 0.0)
+            logs |= self.run.logs() | {"lr": logs["learning_rate"], "eps": episodes / max(seconds, 1e-9)}
         super().log(logs, start_time)
-        if "loss" in logs:
-            completions = self._train_batch_size * self.args.num_generations * self.accelerator.num_processes
-            found = phase_warnings(
-                logs, target_kl=self.args.target_kl, narrow=autocast_dtype(self.args) is not None,
-                completions=completions,
-            )  # fmt: skip
-            self._warn(found, self.state.global_step)
 
     # ---- saving and resuming
 
     def run_state(self) -> dict[str, Any]:
-        return super().run_state() | self.run.state_dict() | {"reference": self._reference_digest}
+        prompts = self._train_batch_size * self.accelerator.num_processes
+        own = {"reference": self._reference_digest, "prompts_per_phase": prompts}
+        return super().run_state() | self.run.state_dict() | own
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
         if state["reference"] != self._reference_digest:
@@ -308,14 +253,23 @@ class PPOTrainer(ActorCriticTrainer):
                 "the checkpoint was trained against another reference than this trainer has: construct it with the "
                 "same policy and ref_model as the first run (resume_from_checkpoint loads the trained weights)"
             )
+        prompts = self._train_batch_size * self.accelerator.num_processes
+        if state["prompts_per_phase"] != prompts:
+            raise ValueError(
+                f"the checkpoint is of a run with {state['prompts_per_phase']} prompts a phase, over all processes; "
+                f"this one has {prompts}, and its position in the data would be another"
+            )
         super().restore_run_state(state)
         self.run.load_state_dict(state)
 
 
-def _trainer_args(args: PPOConfig) -> PPOConfig:
+def _trainer_args(args: PPOConfig, train: PromptSet | None) -> PPOConfig:
     """What Trainer's loop sees: a phase is one batch, and gradients are accumulated inside it."""
-    args = copy.copy(args)
-    if args.total_episodes is not None:
-        args.max_steps = math.ceil(args.total_episodes / (args.rollout_batch_size * args.world_size))
-    args.gradient_accumulation_steps = 1
+    steps, args = args.max_steps, copy.copy(args)
+    if args.total_episodes is not None and train is not None:
+        prompts = args.prompts_per_phase * args.world_size
+        passes, rest = divmod(math.ceil(args.total_episodes / args.num_generations), len(train))
+        steps = passes * math.ceil(len(train) / prompts) + math.ceil(rest / prompts)  # an epoch's last phase is smaller
+    args.max_steps = steps
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = args.mini_batch_size, 1
     return args

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from fastalign.losses import AGGREGATIONS, KL_ESTIMATORS, check_policy_options
+from fastalign.losses import AGGREGATIONS, KL_ESTIMATORS
 from fastalign.trainers.config import REFUSED, TrainerConfig, described
+from fastalign.trainers.ppo_settings import (
+    ADVANTAGE_ESTIMATORS,
+    KL_CONTROLLERS,
+    POLICY_LOSSES,
+    check_ppo_settings,
+)
 
-ADVANTAGE_ESTIMATORS = ("gae", "group", "rloo", "reinforce")
-"""Where advantages come from: a critic; the other answers to the prompt (GRPO, RLOO); the return itself."""
-POLICY_LOSSES = ("clip", "penalty", "trpo")
-KL_CONTROLLERS = ("fixed", "adaptive")
 DEFAULT_ROLLOUT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 
 
@@ -186,22 +187,11 @@ class PPOConfig(TrainerConfig):
             if self.model_name_or_path not in (None, self.sft_model_path):
                 raise ValueError("sft_model_path and model_name_or_path name two policies; give one of them")
             self.model_name_or_path = self.sft_model_path
-        if isinstance(self.reward_model_path, str):
-            self.reward_model_path = [self.reward_model_path]
+        for name in ("reward_model_path", "reward_funcs"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
         super().__post_init__()
-        check_policy_options(
-            epsilon_low=self.cliprange,
-            epsilon_high=self.epsilon_high,
-            dual_clip=self.dual_clip,
-            kl_coef=self.kl_loss_coef,
-            kl_estimator=self.kl_loss_estimator,
-            entropy_coef=self.entropy_coef,
-            aggregation=self.loss_aggregation,
-            max_completion_length=self.max_completion_length,
-        )
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
+        check_ppo_settings(self)
 
     @property
     def epsilon_high(self) -> float:
@@ -223,6 +213,11 @@ class PPOConfig(TrainerConfig):
         return self.mini_batch_size * self.num_mini_batches
 
     @property
+    def prompts_per_phase(self) -> int:
+        """In each process."""
+        return self.rollout_batch_size // self.num_generations
+
+    @property
     def whitens_advantages(self) -> bool:
         if self.whiten_advantages is None:
             return self.advantage_estimator in ("gae", "reinforce")
@@ -231,82 +226,3 @@ class PPOConfig(TrainerConfig):
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.kl_loss_coef > 0 or self.kl_controller != "fixed"
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("advantage_estimator", ADVANTAGE_ESTIMATORS),
-            ("policy_loss", POLICY_LOSSES),
-            ("kl_controller", KL_CONTROLLERS),
-            ("kl_estimator", tuple(KL_ESTIMATORS)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
-
-    def _check_numbers(self) -> None:
-        for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "response_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        for name in ("kl_coef", "vf_coef", "critic_warmup_steps", "min_response_length", "penalty_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 0 and finite")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be in [0, 1]")
-        positive = (
-            "total_episodes", "temperature", "missing_eos_penalty", "score_clip", "target_kl", "kl_horizon",
-            "cliprange_value", "critic_learning_rate", "rollout_batch_tokens", "penalty_target", "trpo_max_kl",
-        )  # fmt: skip
-        for name in positive:
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: it must be positive")
-
-    def _check_combinations(self) -> None:
-        if self.rollout_batch_size % self.num_generations:
-            raise ValueError(
-                f"num_generations={self.num_generations} does not divide the {self.rollout_batch_size} completions of "
-                "a phase (per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches)"
-            )
-        if self.advantage_estimator in ("group", "rloo") and self.num_generations < 2:
-            raise ValueError(
-                f"advantage_estimator={self.advantage_estimator!r} compares the completions of a prompt: "
-                f"num_generations={self.num_generations}, at least 2 are needed"
-            )
-        if self.kl_loss_coef and self.kl_loss_estimator == "k1":
-            raise ValueError(
-                "kl_loss_estimator='k1': its expected gradient on the policy's own samples is zero; take k3 or k2, or "
-                "kl_coef, which puts the KL into the rewards"
-            )
-        if (self.kl_controller == "adaptive") != (self.target_kl is not None):
-            raise ValueError("target_kl is what kl_controller='adaptive' aims at: give both or neither")
-        if self.kl_controller == "adaptive" and not self.kl_coef:
-            raise ValueError("kl_controller='adaptive' scales kl_coef, which must be positive to begin with")
-        if self.policy_loss != "clip":
-            for name in ("dual_clip", "cliprange_high", "kl_loss_coef", "entropy_coef"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} has no effect with policy_loss={self.policy_loss!r}"
-                    )
-        if self.policy_loss == "trpo":
-            if self.loss_aggregation != "token_mean":
-                raise ValueError(
-                    f"loss_aggregation={self.loss_aggregation!r}: policy_loss='trpo' takes token_mean alone"
-                )
-            if self.world_size > 1:
-                raise ValueError("policy_loss='trpo' is for small models and one process")
-            if self.value_head:
-                raise ValueError(
-                    "value_head=True trains the policy's trunk, which policy_loss='trpo' moves by its own step"
-                )
-        if self.stop_token is not None and self.stop_token_id is not None:
-            raise ValueError("stop_token and stop_token_id name one token in two ways; give one of them")
-        if self.value_head and self.value_model_path is not None:
-            raise ValueError(
-                "value_head=True has no critic of its own, and value_model_path names one; give one of them"
-            )
-        uses_critic = self.advantage_estimator == "gae"
-        for name in ("value_model_path", "value_head", "critic_warmup_steps", "critic_learning_rate"):
-            if not uses_critic and getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with advantage_estimator="
-                    f"{self.advantage_estimator!r}, which has no critic"
-                )

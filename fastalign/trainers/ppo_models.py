@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -15,7 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.data import CompletionCollator, DataReport, prepare_prompts
 from fastalign.models import disable_dropout, load_causal_lm, load_scalar_model
-from fastalign.models.actor_critic import ActorCritic, scalar_model_from
+from fastalign.models.actor_critic import ActorCritic, scalar_model_from, whole_model
+from fastalign.models.head import base_causal_lm
+from fastalign.models.rewards import set_reward_normalization
+from fastalign.models.scalar import load_scalar_adapter
 from fastalign.rollouts import Sampler, SamplingOptions, TransformersSampler
 from fastalign.trainers.config import TrainerConfig, by_device
 from fastalign.trainers.examples import Examples, padding_id
@@ -35,16 +41,20 @@ from fastalign.trainers.ppo_rollout import PromptSet, ReadColumns
 from fastalign.trainers.reference import list_lengths, reference_adapter
 from fastalign.trainers.reward_functions import FunctionReward, RewardModel, Rewards, load_function
 
+logger = logging.getLogger(__name__)
+
+_VLLM_MEMORY = 0.3  # of the GPU's; the rest is for training
+
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """Prompt data sets for a trainer."""
 
     examples: Examples
-    _columns: dict[int, ReadColumns]
+    _columns: WeakKeyDictionary[Dataset, ReadColumns]
 
     def wrap(self, dataset: Dataset) -> PromptSet:
-        return PromptSet(dataset, self._columns.get(id(dataset)))
+        return PromptSet(dataset, self._columns.get(dataset))
 
     def training(self, dataset: Any) -> PromptSet | None:
         found = self.examples.training(dataset)
@@ -56,14 +66,14 @@ class Prompts:
 
 def prompt_sets(tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Prompts:
     """Prompts by a config's settings: prompt_ids, and the row's other columns on demand."""
-    columns: dict[int, ReadColumns] = {}
+    columns: WeakKeyDictionary[Dataset, ReadColumns] = WeakKeyDictionary()
 
     def tokenize(dataset: Any, tokenizer: Any, **options: Any) -> tuple[Dataset, DataReport]:
         data = prepare_prompts(
             dataset, tokenizer, format=args.dataset_format, max_length=args.max_length,
             on_long_prompt=args.on_long_prompt, on_bad_row=args.on_bad_row, **options,
         )  # fmt: skip
-        columns[id(data.dataset)] = data.columns
+        columns[data.dataset] = data.columns
         return data.dataset, data.report
 
     collator = CompletionCollator(padding_id(tokenizer), pad_to_multiple_of=args.pad_to_multiple_of)
@@ -97,11 +107,16 @@ def build_policy(
 
 
 def build_reference(
-    ref_model: str | nn.Module | None, args: PPOConfig, start: Callable[[], tuple[nn.Module, str | None]],
-    quantization_config: Any,
+    ref_model: str | nn.Module | None, args: PPOConfig, policy: str | nn.Module,
+    start: Callable[[], tuple[nn.Module, str | None]], quantization_config: Any,
 ) -> tuple[nn.Module, str | None] | None:  # fmt: skip
-    """The model that the KL is to and the adapter that is on in it; None where the config asks for no KL."""
+    """The model that the KL is to and the adapter that is on in it; None where the config asks for no KL.
+
+    policy: what was handed in as the policy. start: see `build_policy`.
+    """
     given = args.ref_model_name_or_path if ref_model is None else ref_model
+    if isinstance(ref_model, nn.Module) and ref_model is policy:
+        raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
     if not args.needs_reference:
@@ -112,7 +127,7 @@ def build_reference(
         return start()
     if isinstance(given, str):
         given = _named(given, args, quantization_config)
-    return frozen(given.to(args.device)), reference_adapter(given)
+    return frozen(_placed(given, args)), reference_adapter(given)
 
 
 def _named(name: str, args: TrainerConfig, quantization_config: Any) -> nn.Module:
@@ -120,6 +135,14 @@ def _named(name: str, args: TrainerConfig, quantization_config: Any) -> nn.Modul
     base = adapter_base(name)
     model = load_causal_lm(base or name, dtype=arguments.pop("dtype", "auto"), **arguments)
     return model if base is None else PeftModel.from_pretrained(model, name)
+
+
+def _placed(model: nn.Module, args: TrainerConfig) -> nn.Module:
+    """On the trainer's device; a quantised model, or one spread over devices, stays where it was loaded."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(base, "quantization_method", None) is None and getattr(base, "hf_device_map", None) is None:
+        model.to(args.device)
+    return model
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -135,7 +158,7 @@ def build_rewards(
     """The rewards by name and weight, and the reward models among them.
 
     given: a model (in memory or by name), a function, a list of those, or None for the config's. tokenizers: of the
-    models in memory, in order.
+    models in memory; one for all, or a list as long as the rewards, None where the policy's is meant.
     """
     if given is None:
         given = [*(args.reward_model_path or []), *map(load_function, args.reward_funcs or [])]
@@ -145,28 +168,34 @@ def build_rewards(
         )
     items = list(given) if isinstance(given, list | tuple) else [given]
     own = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers] * len(items)
+    if len(own) != len(items):
+        raise ValueError(f"reward_processing_class has {len(own)} tokenizers for {len(items)} rewards")
     sources: dict[str, Any] = {}
     models = []
     tokens = by_device(args.rollout_batch_tokens, DEFAULT_ROLLOUT_BATCH_TOKENS, args)
-    for index, item in enumerate(items):
+    for index, (item, of_item) in enumerate(zip(items, own, strict=True)):
         if isinstance(item, str):
-            name = Path(item).name
-            model = load_scalar_model(item, dtype="auto", **loading_arguments(args))
+            name, model = Path(item).name, _named_scalar(item, args, dtype="auto")
             of_model = AutoTokenizer.from_pretrained(item, trust_remote_code=args.trust_remote_code)
         elif isinstance(item, nn.Module):
-            name, model = f"model_{index}", item
-            of_model = own[index] if index < len(own) and own[index] is not None else tokenizer
+            name, model, of_model = f"model_{index}", item, tokenizer if of_item is None else of_item
         elif callable(item):
             sources[_free(getattr(item, "__name__", f"function_{index}"), sources)] = FunctionReward(item, tokenizer)
             continue
         else:
             raise ValueError(f"reward_model must be a model, its name or a function, got {type(item).__name__}")
         reward = RewardModel(
-            frozen(model.to(args.device)), of_model, tokenizer, batch_tokens=tokens, autocast=autocast_dtype(args)
+            frozen(_placed(model, args)), of_model, tokenizer, batch_tokens=tokens, autocast=autocast_dtype(args)
         )
         models.append(reward)
         sources[_free(name, sources)] = reward
     return Rewards(sources, args.reward_weights), models
+
+
+def _named_scalar(name: str, args: PPOConfig, *, dtype: str) -> nn.Module:
+    """A scalar model by name; a folder with an adapter stands for its base model with the adapter."""
+    load = load_scalar_model if adapter_base(name) is None else load_scalar_adapter
+    return load(name, dtype=dtype, **loading_arguments(args))
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:
@@ -175,10 +204,12 @@ def _free(name: str, taken: dict[str, Any]) -> str:
 
 def build_actor_critic(
     policy: nn.Module, policy_source: str | nn.Module, value_model: str | nn.Module | None, args: PPOConfig,
-    reward_models: list[RewardModel], tokenizer: PreTrainedTokenizerBase,
+    reward_models: list[RewardModel],
 ) -> ActorCritic:  # fmt: skip
     """Policy and critic; that starts from value_model, else the first reward model of these tokens, else the policy."""
     given = args.value_model_path if value_model is None else value_model
+    if value_model is not None and args.value_model_path is not None:
+        raise ValueError("value_model and args.value_model_path name two critics; give one of them")
     if args.advantage_estimator != "gae":
         if given is not None:
             raise ValueError(f"value_model has no effect with advantage_estimator={args.advantage_estimator!r}")
@@ -187,21 +218,24 @@ def build_actor_critic(
         if given is not None:
             raise ValueError("value_head=True has no critic of its own, and value_model is one; give one of them")
         return ActorCritic(policy, value_head=True)
-    shared = next((r for r in reward_models if r.shares_tokenizer and not isinstance(r.model, PeftModel)), None)
+    shared = next((reward.model for reward in reward_models if reward.shares_tokenizer), None)
     critic: nn.Module
     if isinstance(given, str):
-        critic = load_scalar_model(given, dtype="float32", **loading_arguments(args))
+        critic = whole_model(_named_scalar(given, args, dtype="float32"))
     elif given is not None:
+        if any(given is reward.model for reward in reward_models):
+            raise ValueError("value_model is the reward model, which stays as it is; leave it out to train a copy")
         critic = given
     elif shared is not None:
-        critic = copy.deepcopy(shared.model).float()
+        critic = whole_model(copy.deepcopy(shared))
     elif isinstance(policy_source, str) and adapter_base(policy_source) is None:
-        critic = load_scalar_model(policy_source, dtype="float32", **loading_arguments(args))
+        critic = _named_scalar(policy_source, args, dtype="float32")
     else:
         critic = scalar_model_from(policy)
-    for parameter in critic.parameters():
-        if parameter.is_floating_point() and not isinstance(critic, PeftModel):
-            parameter.requires_grad_(True)
+    if not isinstance(critic, PeftModel):
+        critic.float().requires_grad_(True)
+    set_reward_normalization(critic, None)  # of a reward model's scores: values are of shaped rewards
+    check_trainable(critic)
     if args.disable_dropout:
         disable_dropout(critic)
     return ActorCritic(policy, critic.to(args.device))
@@ -210,24 +244,46 @@ def build_actor_critic(
 def build_sampler(
     given: Sampler | None, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
 ) -> Sampler:
-    """The sampler that was given, or one by the config."""
-    if given is not None:
-        if given.options.temperature != args.temperature:
-            raise ValueError(
-                f"the sampler's temperature is {given.options.temperature}, the config's {args.temperature}: log-probs "
-                "are recomputed at the config's, so the two must be one"
-            )
-        return given
+    """The sampler that was given, if it samples as the config says, or one by the config."""
     options = SamplingOptions(
         max_new_tokens=args.response_length, min_new_tokens=args.min_response_length, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, stop_token_ids=stop_ids(tokenizer, args),
     )  # fmt: skip
+    if not options.is_pure:
+        logger.warning(
+            "top_k=%s, top_p=%s, min_response_length=%s: what is sampled is not what is trained, whose log-probs are "
+            "those of the whole vocabulary; ratios and KL are biased",
+            args.top_k, args.top_p, args.min_response_length,
+        )  # fmt: skip
+    if given is not None:
+        if args.use_vllm:
+            raise ValueError("use_vllm=True and sampler are two ways to sample; give one of them")
+        for field in fields(options):
+            own, config = getattr(given.options, field.name), getattr(options, field.name)
+            if own != config:
+                raise ValueError(f"the sampler's {field.name} is {own!r}, the config's {config!r}: they must be one")
+        return given
     if args.use_vllm:
-        from fastalign.rollouts.vllm_sampler import VLLMSampler
-
-        return VLLMSampler.for_policy(model.policy, tokenizer, options)
+        return _vllm_sampler(model.policy, tokenizer, options)
     tokens = by_device(args.rollout_batch_tokens, DEFAULT_ROLLOUT_BATCH_TOKENS, args)
     return TransformersSampler(model.policy, tokenizer, options, batch_tokens=tokens, autocast=autocast_dtype(args))
+
+
+def _vllm_sampler(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions) -> Sampler:
+    """An engine of its own from the policy's checkpoint, with vLLM's defaults but for its share of the memory."""
+    name = base_causal_lm(policy).config._name_or_path
+    if not name:
+        raise ValueError(
+            "use_vllm=True needs a policy that was loaded by name, or give sampler=VLLMSampler(your engine, ...)"
+        )
+    try:
+        vllm = importlib.import_module("vllm")
+    except ImportError as error:
+        raise ValueError(f"use_vllm=True needs vllm, which cannot be imported: {error}") from error
+    from fastalign.rollouts.vllm_sampler import VLLMSampler
+
+    engine = vllm.LLM(model=name, logprobs_mode="processed_logprobs", gpu_memory_utilization=_VLLM_MEMORY)
+    return VLLMSampler(engine, tokenizer, options)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> tuple[int, ...]:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastalign.losses import RunningMoments
 from fastalign.models.actor_critic import ActorCritic
+from fastalign.models.inference import inference
 from fastalign.reference import score
 from fastalign.rollouts import Completion, Sampler, sampler_gap, score_completions
 from fastalign.trainers.batches import Batch, split_batch
 from fastalign.trainers.config import by_device
-from fastalign.trainers.experience import Experience, make_experience
+from fastalign.trainers.experience import Experience, deviation, make_experience
 from fastalign.trainers.ppo_config import DEFAULT_ROLLOUT_BATCH_TOKENS, PPOConfig
 from fastalign.trainers.reward_functions import Rewards, Samples, token_sequences
 from fastalign.types import Metric
@@ -25,32 +26,59 @@ ReadColumns = Callable[[Sequence[int]], dict[str, list[Any]]]
 
 
 class PromptSet(torch.utils.data.Dataset[dict[str, Any]]):
-    """Tokenised prompts, each with its row's number and a way to the row's other columns."""
+    """Tokenised prompts, each with its row's number.
 
-    def __init__(self, dataset: Any, columns: ReadColumns | None) -> None:
-        self.dataset, self.columns = dataset, columns
+    read_columns: from row numbers to the rows' other columns, for a data set with a `row` column; None for one that has
+    its other columns itself, whose rows are its own.
+    """
+
+    def __init__(self, dataset: Any, read_columns: ReadColumns | None = None) -> None:
+        self.dataset, self._read_columns = dataset, read_columns
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.dataset[index]
-        prompt_ids = [int(token) for token in example["prompt_ids"]]
-        return {"prompt_ids": prompt_ids, "row": int(example.get("row", index)), "columns": self.columns}
+        row = index if self._read_columns is None else int(example["row"])
+        return {"prompt_ids": [int(token) for token in example["prompt_ids"]], "row": row}
+
+    def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """What the data says of these rows beside the ids: a list by name, of one value per row."""
+        if self._read_columns is not None:
+            return self._read_columns(rows)
+        plain = self.dataset.with_format(None)
+        names = [name for name in plain.column_names if name not in ("prompt_ids", "row")]
+        examples = [plain[int(row)] for row in rows]
+        return {name: [example[name] for example in examples] for name in names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loader's workers, which need the ids alone: a reader may hold what cannot be pickled."""
+        reader = None if self._read_columns is None else _unread
+        return {"dataset": self.dataset, "_read_columns": reader}
+
+
+def _unread(rows: Sequence[int]) -> dict[str, list[Any]]:
+    raise ValueError("columns are read where the data set was made, not in a worker")
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """The prompts of a phase. No mapping, so that moving batches to a device leaves it alone."""
+    """The prompts of a phase in one process, by row. No mapping, so that moving batches to a device leaves it alone;
+    nothing but numbers, so that a loader's workers can hand it over."""
 
     prompt_ids: list[list[int]]
     rows: list[int]
-    columns: ReadColumns | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @classmethod
     def collate(cls, examples: list[dict[str, Any]]) -> PromptBatch:
-        columns = examples[0]["columns"]
-        return cls([e["prompt_ids"] for e in examples], [e["row"] for e in examples], columns)
+        return cls([example["prompt_ids"] for example in examples], [example["row"] for example in examples])
+
+    def first(self, count: int) -> PromptBatch:
+        return PromptBatch(self.prompt_ids[:count], self.rows[:count])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,22 +106,29 @@ class Collector:
         self.tokens = by_device(self.args.rollout_batch_tokens, DEFAULT_ROLLOUT_BATCH_TOKENS, self.args)
 
     def collect(
-        self, prompts: PromptBatch, seed: Sequence[int], *, kl_coef: float, moments: RunningMoments | None
-    ) -> tuple[Batch, Experience]:
+        self, prompts: PromptBatch, columns: ReadColumns | None, seed: Sequence[int], *, kl_coef: float,
+        moments: RunningMoments | None, learn: bool = True, counts: bool = True,
+    ) -> tuple[Batch, Experience]:  # fmt: skip
         """(the padded batch with old_logps, advantages and what else an update needs (n,), the experience).
 
-        seed: integers that name this phase; with them, the weights and the prompts its completions are determined.
+        columns: from the prompts' rows to the data's other columns. seed: integers that name this phase; with them, the
+        weights and the prompts its completions are determined. moments: normalise the scores; with `learn` they take
+        them in first. counts: False where this process only takes part, in a phase that others have prompts for.
         """
         args = self.args
+        self.sampler.sync(self.model.policy)
         whole = np.random.SeedSequence([*seed, self.process_index]).generate_state(1)[0]
         completions = self.sampler.generate(prompts.prompt_ids, num_samples=args.num_generations, seed=int(whole))
         samples = Samples(
             prompt_ids=_repeated(prompts.prompt_ids, args.num_generations),
             completions=completions,
             rows=_repeated(prompts.rows, args.num_generations),
-            read_columns=prompts.columns,
+            read_columns=columns,
         )
-        scores, each = self.rewards(samples)
+        found, each = self.rewards(samples)
+        scores = torch.from_numpy(found).to(args.device)
+        if moments is not None and learn:
+            moments.update(scores, reduce=self.reduce)
         batch = self.to_device(self.collate(_examples(samples)))
         logps = self._logps(prompts, completions)
         batch["old_logps"] = self._flat(logps)
@@ -103,7 +138,7 @@ class Collector:
             batch["old_values"] = self._values(batch)
         experience = make_experience(
             args,
-            scores=torch.from_numpy(scores).to(args.device),
+            scores=scores,
             finished=torch.tensor([completion.finished for completion in completions], device=args.device),
             cu_seqlens=np.asarray(batch["cu_seqlens"]),
             logps=batch["old_logps"],
@@ -112,12 +147,13 @@ class Collector:
             kl_coef=kl_coef,
             moments=moments,
             reduce=self.reduce,
+            counts=counts,
         )
         batch["advantages"] = experience.advantages
         if experience.returns is not None:
             batch["returns"] = experience.returns
-        experience.metrics.update(self._source_metrics(each))
-        experience.metrics.update(self._sampler_metrics(completions, logps))
+        experience.metrics.update(self._source_metrics(each, counts))
+        experience.metrics.update(self._sampler_metrics(completions, logps, counts))
         return batch, experience
 
     def _logps(self, prompts: PromptBatch, completions: list[Completion]) -> list[np.ndarray]:
@@ -136,39 +172,37 @@ class Collector:
     def _flat(self, logps: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(logps)).to(self.args.device)
 
-    @torch.no_grad()
     def _values(self, batch: Batch) -> Tensor:
         """(n,) float32, the critic's values at the batch's rows."""
         values = torch.zeros(len(batch["rows"]), device=self.args.device)
-        training = self.model.training
-        self.model.eval()
-        for piece in split_batch(batch | {"position": np.arange(len(values))}, self.tokens):
-            with torch.autocast(self.args.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with inference(self.model, self.args.device, autocast=self.autocast):
+            for piece in split_batch(batch | {"position": np.arange(len(values))}, self.tokens):
                 _, found = self.model(input_ids=piece["input_ids"], rows=piece["rows"])
-            values[torch.from_numpy(piece["position"]).to(values.device)] = found
-        self.model.train(training)
+                values[torch.from_numpy(piece["position"]).to(values.device)] = found
         return values
 
-    def _source_metrics(self, each: dict[str, np.ndarray]) -> dict[str, Metric]:
+    def _source_metrics(self, each: dict[str, np.ndarray], counts: bool) -> dict[str, Metric]:
         """rewards/{name}/{mean,std} of each of several rewards, unweighted, over the completions it applies to."""
         if len(each) == 1:
             return {}
         metrics = {}
         for name, values in each.items():
-            found = values[~np.isnan(values)]
-            for what, figure in (("mean", found.mean() if len(found) else 0.0), ("std", found.std())):
-                metrics[f"rewards/{name}/{what}"] = self._metric(float(figure), len(found))
+            applies = torch.from_numpy(~np.isnan(values) * counts).to(self.args.device).float()
+            found = torch.from_numpy(np.nan_to_num(values)).to(self.args.device)
+            number, spread = applies.sum(), deviation(found, applies, self.reduce).float()
+            metrics[f"rewards/{name}/mean"] = Metric((found * applies).sum(), number)
+            metrics[f"rewards/{name}/std"] = Metric(spread * number, number)
         return metrics
 
-    def _sampler_metrics(self, completions: list[Completion], logps: list[np.ndarray]) -> dict[str, Metric]:
+    def _sampler_metrics(
+        self, completions: list[Completion], logps: list[np.ndarray], counts: bool
+    ) -> dict[str, Metric]:
+        """How far the sampler's own log-probs are from ours; of extremes the mean over batches, weighted by tokens."""
         if completions[0].logps is None:
             return {}
         gap = sampler_gap(completions, logps)
-        return {name: self._metric(figure, sum(map(len, logps))) for name, figure in gap.items()}
-
-    def _metric(self, value: float, weight: int) -> Metric:
-        wide = torch.tensor([value * weight, float(weight)], device=self.args.device)
-        return Metric(wide[0], wide[1])
+        number = torch.full((), float(sum(map(len, logps)) * counts), device=self.args.device)
+        return {name: Metric(number * figure, number) for name, figure in gap.items()}
 
 
 def _repeated(items: Sequence[Any], times: int) -> list[Any]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.linear import linear_ppo_loss
-from fastalign.losses import ppo_penalty_loss, value_loss
+from fastalign.losses import mean_metric, ppo_penalty_loss, token_weights, value_loss
 from fastalign.models import Head
-from fastalign.ops import linear_logps
+from fastalign.ops import linear_loss
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.ppo_config import PPOConfig
-from fastalign.types import IGNORE_INDEX, LossOutput, Metric
+from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 # The loss functions' metrics under the names that TRL's PPO users know.
 _POLICY_NAMES = {
@@ -32,18 +32,19 @@ _VALUE_NAMES = {"clip_fraction": "val/clipfrac_avg"}
 
 def policy_value_loss(
     model: nn.Module, batch: Batch, args: PPOConfig, *, tokens: int | Tensor, sequences: int | Tensor,
-    penalty_coef: float, with_policy: bool = True, with_value: bool = True,
+    penalty_coef: float, policy_coef: float | None = 1.0, with_value: bool = True,
 ) -> LossOutput:  # fmt: skip
-    """policy loss + vf_coef · value loss of a piece of a mini-batch, each a share of the whole mini-batch's mean.
+    """policy_coef · policy loss + vf_coef · value loss of a piece of a mini-batch, each a share of the whole's mean.
 
     model: an `ActorCritic`, possibly wrapped. batch: padded sequences with old_logps, advantages, and where there are
     any ref_logps, returns and old_values, (n,) in the order of its rows. tokens, sequences: of the whole mini-batch,
-    over its pieces and all processes. penalty_coef: of policy_loss="penalty".
+    over its pieces and all processes. penalty_coef: of policy_loss="penalty". policy_coef: None leaves the policy out;
+    0 takes it along without an effect, as data parallelism wants it of parameters that stay as they are.
     """
     rows = torch.from_numpy(np.asarray(batch["rows"]))
+    items = tokens if args.loss_aggregation == "token_mean" else sequences
     head_fn = None
-    if with_policy:
-        items = tokens if args.loss_aggregation == "token_mean" else sequences
+    if policy_coef is not None:
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             loss = _penalty_loss if args.policy_loss == "penalty" else _clip_loss
@@ -53,8 +54,11 @@ def policy_value_loss(
     loss = torch.zeros((), device=batch["input_ids"].device)
     metrics: dict[str, Metric] = {}
     if policy is not None:
-        loss = loss + policy.loss
+        loss = loss + policy_coef * policy.loss
+    if policy is not None and policy_coef:
         metrics |= {_POLICY_NAMES[name]: metric for name, metric in policy.metrics.items() if name in _POLICY_NAMES}
+        share = len(rows) if args.loss_aggregation == "token_mean" else len(batch["cu_seqlens"]) - 1
+        metrics["loss/policy_avg"] = Metric(policy.loss.detach() * items, torch.full_like(policy.loss.detach(), share))
     if values is not None:
         critic = value_loss(
             values[None], batch["returns"][None], old_values=batch["old_values"][None],
@@ -64,9 +68,6 @@ def policy_value_loss(
         metrics |= {_VALUE_NAMES.get(name, f"val/{name}"): metric for name, metric in critic.metrics.items()}
         count = torch.full_like(critic.loss.detach(), len(rows))
         metrics["loss/value_avg"] = Metric(critic.loss.detach() * tokens, count)
-    if policy is not None:
-        share = len(rows) if args.loss_aggregation == "token_mean" else len(batch["cu_seqlens"]) - 1
-        metrics["loss/policy_avg"] = Metric(policy.loss.detach() * items, torch.full_like(policy.loss.detach(), share))
     return LossOutput(loss, metrics)
 
 
@@ -98,17 +99,28 @@ def _penalty_loss(
     hidden: Tensor, head: Head, batch: Batch, rows: Tensor, args: PPOConfig, items: Any, penalty_coef: float
 ) -> LossOutput:
     targets = batch["targets"].to(hidden.device)
-    scored = linear_logps(
-        hidden, head.weight, targets, rows=rows, temperature=args.temperature, entropy=args.token_metrics,
-        backend=args.backend, schedule="auto" if args.schedule == "streamed" else args.schedule,
-        workspace_mb=args.workspace_mb, **head.options,
+    weights, denominator = token_weights(
+        targets != IGNORE_INDEX, args.loss_aggregation, items, args.max_completion_length
+    )
+    given = {name: tensor for name, tensor in _given(batch, rows, hidden.device).items() if name != "ref_logps"}
+
+    def penalised(scored: LinearLogps, old_logps: Tensor, advantages: Tensor) -> LossOutput:
+        return ppo_penalty_loss(
+            scored.logps[None], old_logps[None], advantages[None], penalty_coef=penalty_coef, reduction="none"
+        )
+
+    def losses(scored: LinearLogps, cu: None, weights: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
+        return penalised(scored, old_logps, advantages).loss[0] * weights.to(scored.logps.dtype)
+
+    def metrics(
+        scored: LinearLogps, cu: None, weights: Tensor, old_logps: Tensor, advantages: Tensor
+    ) -> dict[str, Metric]:
+        found = penalised(scored, old_logps, advantages).metrics
+        return found if scored.entropy is None else found | {"entropy": mean_metric(scored.entropy)}
+
+    return linear_loss(
+        losses, hidden, head.weight, targets, groups="tokens", inputs={"weights": weights, **given},
+        metrics_fn=metrics, denominator=denominator, entropy=args.token_metrics, rows=rows,
+        temperature=args.temperature, backend=args.backend, schedule=args.schedule, workspace_mb=args.workspace_mb,
+        **head.options,
     )  # fmt: skip
-    given = _given(batch, rows, hidden.device)
-    output = ppo_penalty_loss(
-        scored.logps, given["old_logps"], given["advantages"], targets != IGNORE_INDEX, penalty_coef=penalty_coef,
-        aggregation=args.loss_aggregation, max_completion_length=args.max_completion_length, num_items=items,
-    )  # fmt: skip
-    if scored.entropy is None:
-        return output
-    count = torch.full_like(output.loss.detach(), len(rows))
-    return LossOutput(output.loss, output.metrics | {"entropy": Metric(scored.entropy.detach().sum(), count)})

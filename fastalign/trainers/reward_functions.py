@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,8 @@ from fastalign.reference import TokenSequence
 from fastalign.rollouts import Completion
 
 RewardFunction = Callable[..., Sequence[float | None]]
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +60,9 @@ class RewardModel:
     """A reward model as a reward function: the score of prompt and completion at their last token.
 
     model: a scalar model (`models.load_scalar_model`), whose stored normalisation is applied. tokenizer: its own. Where
-    that is the policy's, token ids go in as they were sampled; otherwise the text, through the reward model's own chat
-    template if the prompt came as messages.
+    that gives text the policy's ids, token ids go in as they were sampled, unless the prompt came as messages and the
+    reward model has another chat template. Otherwise the text goes in, through the reward model's own template if the
+    prompt came as messages.
     """
 
     def __init__(
@@ -67,34 +72,40 @@ class RewardModel:
         self.model, self.tokenizer, self.policy_tokenizer = model, tokenizer, policy_tokenizer
         self.batch_tokens, self.autocast = batch_tokens, autocast
         self.shares_tokenizer = same_tokens(tokenizer, policy_tokenizer)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        self._shares_template = tokenizer.chat_template in (None, policy_tokenizer.chat_template)
 
     def __call__(self, samples: Samples) -> np.ndarray:
         """(S,) float32."""
-        if self.shares_tokenizer:
-            sequences = token_sequences(samples)
-        else:
-            sequences = [self._retokenised(samples, i) for i in range(len(samples))]
-        return score_sequences(self.model, sequences, batch_tokens=self.batch_tokens, autocast=self.autocast)
+        sequences = token_sequences(samples)
+        if not self.shares_tokenizer or not self._shares_template:
+            prompts = samples.columns.get("prompt", [None] * len(samples))
+            for i, prompt in enumerate(prompts):
+                if not self.shares_tokenizer or isinstance(prompt, list):
+                    sequences[i] = self._retokenised(samples, i, prompt)
+        scores = score_sequences(self.model, sequences, batch_tokens=self.batch_tokens, autocast=self.autocast)
+        if len(bad := np.flatnonzero(~np.isfinite(scores))):
+            raise ValueError(
+                f"the reward model {type(self.model).__name__} gave {scores[bad[0]]} for a completion of row "
+                f"{samples.rows[bad[0]]}; it must be finite"
+            )
+        return scores
 
-    def _retokenised(self, samples: Samples, index: int) -> TokenSequence:
+    def _retokenised(self, samples: Samples, index: int, prompt: Any) -> TokenSequence:
         completion, own = samples.completions[index], self.tokenizer
         text = self.policy_tokenizer.decode(completion.ids, skip_special_tokens=True)
-        messages = samples.columns["prompt"][index] if "prompt" in samples.columns else None
-        if isinstance(messages, list) and own.chat_template is not None:
+        if isinstance(prompt, list) and own.chat_template is not None:
             answer = {"role": "assistant", "content": text}
-            before = own.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            whole = own.apply_chat_template([*messages, answer], tokenize=False)
+            before = own.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            whole = own.apply_chat_template([*prompt, answer], tokenize=False)
             ids = own(whole, add_special_tokens=False)["input_ids"]
             return TokenSequence(ids, min(len(own(before, add_special_tokens=False)["input_ids"]), len(ids) - 1))
-        prompt = own(self.policy_tokenizer.decode(samples.prompt_ids[index], skip_special_tokens=True))["input_ids"]
+        ids = own(self.policy_tokenizer.decode(samples.prompt_ids[index], skip_special_tokens=True))["input_ids"]
         answer_ids = own(text, add_special_tokens=False)["input_ids"]
         if completion.finished and own.eos_token_id is not None:
             answer_ids = [*answer_ids, own.eos_token_id]
         if not answer_ids:  # nothing but special tokens was sampled: the score is that of the prompt
-            return TokenSequence(prompt, len(prompt) - 1)
-        return TokenSequence(prompt + answer_ids, len(prompt))
+            return TokenSequence(ids, len(ids) - 1)
+        return TokenSequence(ids + answer_ids, len(ids))
 
 
 class FunctionReward:
@@ -102,17 +113,26 @@ class FunctionReward:
 
     By keyword, and only those that it takes: prompts (the data's `prompt` column, text or messages, or the decoded
     ids), completions (text without special tokens), prompt_ids, completion_ids, finished (bool), and every other column
-    of the data. One value per sample; None where the function has nothing to say.
+    of the data. One finite value per sample; None where the function has nothing to say.
     """
 
     def __init__(self, function: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self.function, self.tokenizer = function, tokenizer
-        parameters = inspect.signature(function).parameters.values()
+        self.name = getattr(function, "__name__", type(function).__name__)
+        parameters = list(inspect.signature(function).parameters.values())
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters}
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._names = {p.name for p in named}
+        self._needed = [p.name for p in named if p.default is p.empty]
+        if positional := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
+            raise ValueError(f"reward function {self.name} takes {positional[0]} by position; it is called by keyword")
 
     def __call__(self, samples: Samples) -> np.ndarray:
-        """(S,) float32, NaN where the function gave None."""
+        """(S,) float32, NaN where the function gave None.
+
+        Raises ValueError, naming the function: an argument that there is no column for, a number of values that is not
+        that of the completions, a value that is no finite number (by row).
+        """
         decode = self.tokenizer.batch_decode
         given: dict[str, Any] = {
             **samples.columns,
@@ -122,21 +142,40 @@ class FunctionReward:
             "completion_ids": [completion.ids for completion in samples.completions],
             "finished": [completion.finished for completion in samples.completions],
         }
+        if missing := [name for name in self._needed if name not in given]:
+            raise ValueError(
+                f"reward function {self.name} takes {missing[0]}, and there is no such column; there are "
+                f"{', '.join(sorted(given))}"
+            )
         arguments = given if self._takes_all else {name: given[name] for name in given if name in self._names}
-        values = self.function(**arguments)
+        values: Any = self.function(**arguments)
         if isinstance(values, torch.Tensor):
             values = values.tolist()
-        if len(values) != len(samples):
+        count = len(values) if hasattr(values, "__len__") else None
+        if count != len(samples):
+            found = type(values).__name__ if count is None else f"{count} values"
+            raise ValueError(f"reward function {self.name} returned {found} for {len(samples)} completions")
+        return np.array([self._value(value, row) for value, row in zip(values, samples.rows, strict=True)], np.float32)
+
+    def _value(self, value: Any, row: int) -> float:
+        if value is None:
+            return math.nan
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not abs(number) <= _LARGEST:
             raise ValueError(
-                f"reward function {_name(self.function)} returned {len(values)} values for {len(samples)} completions"
+                f"reward function {self.name} gave {value!r} for a completion of row {row}: accepted are finite "
+                "numbers, and None where it has nothing to say"
             )
-        return np.array([math.nan if value is None else float(value) for value in values], np.float32)
+        return number
 
 
 class Rewards:
     """The weighted sum of several rewards.
 
-    sources: by name. weights: one for each; a reward that is NaN ("does not apply") is left out of a sample's sum.
+    sources: by name; NaN in what one gives ("does not apply") leaves it out of that sample's sum. weights: one of each.
     """
 
     def __init__(self, sources: Mapping[str, Callable[[Samples], np.ndarray]], weights: Sequence[float] | None) -> None:
@@ -148,24 +187,18 @@ class Rewards:
             )
         self.sources = dict(sources)
         self.weights = np.ones(len(sources), np.float32) if weights is None else np.array(weights, np.float32)
+        if not np.isfinite(self.weights).all():
+            raise ValueError(f"reward_weights={list(weights or ())}: they must be finite")
 
     def __call__(self, samples: Samples) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(scores (S,) float32, each reward by name, unweighted and with NaN where it does not apply).
 
-        Raises ValueError, naming the reward and the sample, for an infinite reward or a sample without any.
+        Raises ValueError, naming the row, for a sample without any.
         """
         each = {name: source(samples) for name, source in self.sources.items()}
         table = np.stack(list(each.values()), axis=1)  # (S, rewards)
-        rows = samples.rows
-        for name, values in each.items():
-            if len(bad := np.flatnonzero(np.isinf(values))):
-                raise ValueError(
-                    f"reward {name} is {values[bad[0]]} for a completion of row {rows[bad[0]]}; it must be finite"
-                )
         if len(bad := np.flatnonzero(np.isnan(table).all(axis=1))):
-            raise ValueError(
-                f"no reward applies to a completion of row {rows[bad[0]]}: {', '.join(each)} gave NaN or None"
-            )
+            raise ValueError(f"no reward applies to a completion of row {samples.rows[bad[0]]}: {', '.join(each)}")
         return np.nansum(table * self.weights, axis=1).astype(np.float32), each
 
 
@@ -175,10 +208,16 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
 
 
 def load_function(path: str) -> RewardFunction:
-    """The function that `package.module:name` names. Raises ValueError, naming it, for anything else."""
+    """The function that `package.module:name` names; the current folder counts too, behind Python's own path.
+
+    Raises ValueError, naming it, for anything else.
+    """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
         raise ValueError(f"reward_funcs: {path!r} must be package.module:function")
+    here = os.getcwd()
+    if here not in sys.path:  # as `python -m` has it, and an installed command has not
+        sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -186,7 +225,3 @@ def load_function(path: str) -> RewardFunction:
     if not callable(function):
         raise ValueError(f"reward_funcs: {path!r} is a {type(function).__name__}, not a function")
     return function
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,150 @@
+"""What a `PPOConfig` may say: its choices, and the values and combinations that are refused."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fastalign.losses import KL_ESTIMATORS, check_policy_options
+
+if TYPE_CHECKING:
+    from fastalign.trainers.ppo_config import PPOConfig
+
+ADVANTAGE_ESTIMATORS = ("gae", "group", "rloo", "reinforce")
+"""Where advantages come from: a critic; the other answers to the prompt (GRPO, RLOO); the return itself."""
+POLICY_LOSSES = ("clip", "penalty", "trpo")
+KL_CONTROLLERS = ("fixed", "adaptive")
+
+# What each choice leaves without effect.
+_CRITICS = (
+    "value_model_path", "value_head", "critic_warmup_steps", "critic_learning_rate", "vf_coef", "cliprange_value", "lam"
+)  # fmt: skip
+_UNUSED_BY_ESTIMATOR = {
+    "gae": ("scale_rewards",),
+    "group": (*_CRITICS, "gamma"),
+    "rloo": (*_CRITICS, "gamma", "scale_rewards"),
+    "reinforce": (*_CRITICS, "scale_rewards"),
+}
+_PENALTY = ("penalty_coef", "penalty_target")
+_CLIP = ("cliprange", "cliprange_high", "dual_clip", "kl_loss_coef", "entropy_coef")
+_UNUSED_BY_LOSS = {
+    "clip": (*_PENALTY, "trpo_max_kl"),
+    "penalty": (*_CLIP, "trpo_max_kl"),
+    "trpo": (*_CLIP, *_PENALTY, "loss_aggregation"),
+}
+
+
+def check_ppo_settings(config: PPOConfig) -> None:
+    """Raise ValueError, naming the field, what was given and what is accepted, for what cannot be honoured."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_combinations(config)
+    _check_amounts(config)
+    _check_effects(config)
+
+
+def _check_choices(config: PPOConfig) -> None:
+    check_policy_options(
+        epsilon_low=config.cliprange, epsilon_high=config.epsilon_high, dual_clip=config.dual_clip,
+        kl_coef=config.kl_loss_coef, kl_estimator=config.kl_loss_estimator, entropy_coef=config.entropy_coef,
+        aggregation=config.loss_aggregation, max_completion_length=config.max_completion_length,
+    )  # fmt: skip
+    for name, choices in (
+        ("advantage_estimator", ADVANTAGE_ESTIMATORS),
+        ("policy_loss", POLICY_LOSSES),
+        ("kl_controller", KL_CONTROLLERS),
+        ("kl_estimator", tuple(KL_ESTIMATORS)),
+    ):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r}: accepted are {', '.join(choices)}")
+
+
+def _check_numbers(config: PPOConfig) -> None:
+    for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "response_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be at least 1")
+    for name in ("kl_coef", "vf_coef", "kl_loss_coef", "critic_warmup_steps", "min_response_length", "penalty_coef"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be at least 0 and finite")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be in [0, 1]")
+    positive = (
+        "total_episodes", "temperature", "missing_eos_penalty", "score_clip", "target_kl", "kl_horizon",
+        "cliprange_value", "critic_learning_rate", "rollout_batch_tokens", "penalty_target", "trpo_max_kl",
+    )  # fmt: skip
+    for name in positive:
+        if (value := getattr(config, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: it must be positive")
+
+
+def _check_combinations(config: PPOConfig) -> None:
+    if config.rollout_batch_size % config.num_generations:
+        raise ValueError(
+            f"num_generations={config.num_generations} does not divide the {config.rollout_batch_size} completions of "
+            "a phase (per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches)"
+        )
+    if config.advantage_estimator in ("group", "rloo") and config.num_generations < 2:
+        raise ValueError(
+            f"advantage_estimator={config.advantage_estimator!r} compares the completions of a prompt: "
+            f"num_generations={config.num_generations}, at least 2 are needed"
+        )
+    if config.kl_loss_coef and config.kl_loss_estimator == "k1":
+        raise ValueError(
+            "kl_loss_estimator='k1': its expected gradient on the policy's own samples is zero; take k3 or k2, or "
+            "kl_coef, which puts the KL into the rewards"
+        )
+    if (config.kl_controller == "adaptive") != (config.target_kl is not None):
+        raise ValueError("target_kl is what kl_controller='adaptive' aims at: give both or neither")
+    if config.kl_controller == "adaptive" and not config.kl_coef:
+        raise ValueError("kl_controller='adaptive' scales kl_coef, which must be positive to begin with")
+    if config.policy_loss == "trpo":
+        if config.world_size > 1:
+            raise ValueError("policy_loss='trpo' is for small models and one process")
+        if config.value_head:
+            raise ValueError(
+                "value_head=True trains the policy's trunk, which policy_loss='trpo' moves by its own step"
+            )
+    if config.stop_token is not None and config.stop_token_id is not None:
+        raise ValueError("stop_token and stop_token_id name one token in two ways; give one of them")
+    if config.value_head and config.value_model_path is not None:
+        raise ValueError("value_head=True has no critic of its own, and value_model_path names one; give one of them")
+
+
+def _check_amounts(config: PPOConfig) -> None:
+    if config.total_episodes is not None and config.max_steps > 0:
+        raise ValueError("total_episodes and max_steps both say when to stop; give one of them")
+    episodes = config.rollout_batch_size * config.world_size
+    if config.kl_controller == "adaptive" and not config.kl_horizon > 0.2 * episodes:
+        raise ValueError(
+            f"kl_horizon={config.kl_horizon}: one phase of {episodes} completions could take kl_coef to 0 or below; "
+            f"it must exceed {0.2 * episodes:g}"
+        )
+
+
+def _check_effects(config: PPOConfig) -> None:
+    """Refuse what was set and would be ignored."""
+    without = {
+        f"advantage_estimator={config.advantage_estimator!r}": _UNUSED_BY_ESTIMATOR[config.advantage_estimator],
+        f"policy_loss={config.policy_loss!r}": _UNUSED_BY_LOSS[config.policy_loss],
+        "kl_controller='fixed'": ("kl_horizon",) if config.kl_controller == "fixed" else (),
+        "kl_loss_coef=0": () if config.kl_loss_coef else ("kl_loss_estimator",),
+        "kl_coef=0": () if config.kl_coef else ("kl_estimator",),
+        "policy_loss='trpo' and no critic": (
+            ("num_ppo_epochs",) if config.policy_loss == "trpo" and config.advantage_estimator != "gae" else ()
+        ),
+        "PPO": ("router_aux_loss_coef", "truncation_mode", "neftune_noise_alpha", "auto_find_batch_size"),
+    }
+    for cause, names in without.items():
+        for name in names:
+            spec = type(config).__dataclass_fields__[name]
+            if getattr(config, name) != spec.default:
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} has no effect with {cause}; accepted is {spec.default!r}"
+                )
+    if getattr(config, "include_num_input_tokens_seen", "no") not in ("no", False):
+        raise ValueError("include_num_input_tokens_seen is not supported: num_tokens is logged; accepted is 'no'")
+    loader = config.accelerator_config
+    for name, accepted in (("split_batches", False), ("even_batches", True), ("dispatch_batches", None)):
+        if (value := getattr(loader, name, accepted)) != accepted:
+            raise ValueError(f"accelerator_config {name}={value!r}: PPO takes {accepted!r} alone")

@@ -9,7 +9,7 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fastalign.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from fastalign.trainers import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 torch.set_num_threads(1)
 VOCAB = 61
@@ -28,6 +28,11 @@ def make_tokenizer() -> tf.PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+def wished_token(completion_ids, **columns) -> list[float]:
+    """A reward that is easily learnt: w5 is good, every token costs a little."""
+    return [sum(token == 5 for token in ids) - 0.05 * len(ids) for ids in completion_ids]
 
 
 class Kit:
@@ -78,6 +83,38 @@ class Kit:
             processing_class=self.tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
+        )
+
+    @staticmethod
+    def prompts(n: int, seed: int = 0, longest: int = 8) -> Dataset:
+        rng = np.random.default_rng(seed)
+        ids = [rng.integers(3, VOCAB, rng.integers(2, longest)).tolist() for _ in range(n)]
+        return Dataset.from_list([{"prompt_ids": x, "reference_answer": f"w{x[0]}"} for x in ids])
+
+    def ppo_config(self, **settings) -> PPOConfig:
+        """Three phases of eight completions, each gone over twice in two mini-batches."""
+        defaults = {
+            "output_dir": str(self.folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "num_mini_batches": 2,
+            "num_ppo_epochs": 2, "response_length": 6,
+        }  # fmt: skip
+        if "total_episodes" not in settings:
+            defaults["max_steps"] = 3
+        return PPOConfig(**(defaults | settings))
+
+    def ppo(self, model=None, reward=wished_token, train=None, evaluation=None, **settings) -> PPOTrainer:
+        """A PPOTrainer; what its constructor takes beside a config may stand among the settings."""
+        names = ("ref_model", "value_model", "callbacks", "optimizers", "peft_config", "sampler")
+        given = {name: settings.pop(name) for name in (*names, "reward_processing_class") if name in settings}
+        return PPOTrainer(
+            self.ppo_config(**settings),
+            self.tokenizer,
+            self.model() if model is None else model,
+            reward_model=reward,
+            train_dataset=self.prompts(16) if train is None else train,
+            eval_dataset=evaluation,
+            **given,
         )
 
     @staticmethod

@@ -52,6 +52,23 @@ def test_resuming_goes_on_from_the_last_checkpoint(sft_yaml, settings):
     assert state["global_step"] == 3
 
 
+def test_packing_is_a_flag(sft_yaml, settings):
+    assert main(["sft", "--config", str(sft_yaml), "--packing", "--max_length", "32", "--eval_packing", "false"]) == 0
+    assert "fastalign" not in (Path(settings["output_dir"]) / "config.json").read_text()
+
+
+def test_the_example_is_a_configuration(tmp_path):
+    from fastalign.cli.sft import COMMAND
+    from fastalign.trainers import SFTConfig
+
+    example = Path(__file__).parents[2] / "examples" / "sft.yaml"
+    given = COMMAND.settings(["--config", str(example), "--output_dir", str(tmp_path), "--use_cpu"])
+    config = SFTConfig(**given)
+    assert config.packing
+    assert config.assistant_only_loss
+    assert set(COMMAND.required) <= given.keys()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -24,6 +24,12 @@ MARKED = (
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SMOLLM = (  # SmolLM2's: ChatML with a system message of its own
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nyou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 UNSTABLE = (  # as reasoning models': earlier answers lose what the last one keeps
     "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}<think>{% endif %}"
     "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
@@ -141,6 +147,18 @@ def test_assistant_only_trains_on_every_turn_of_the_assistant(byte_bpe, template
         *([] if newline else [(False, "\n")]),
     ]  # fmt: skip
     assert encoded.closed
+
+
+def test_a_system_message_of_the_templates_own_is_given_too(byte_bpe):
+    tokenizer = _chatml(byte_bpe, SMOLLM)
+    encoded = _encode(tokenizer, ChatExample([USER, YES, AGAIN, NO], 0, "messages"), assistant_only_loss=True)
+    assert _spans(tokenizer, encoded) == [
+        (False, "<|im_start|>system\nyou are helpful<|im_end|>\n<|im_start|>user\nis the sky blue?<|im_end|>\n"
+                "<|im_start|>assistant\n"),
+        (True, "yes it is<|im_end|>\n"),
+        (False, "<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "no not now<|im_end|>\n"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])

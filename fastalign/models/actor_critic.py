@@ -69,7 +69,8 @@ class ActorCritic(nn.Module):
         def both(hidden: Tensor, head: Head) -> Any:
             own = hidden[..., : head_module.in_features]  # an adapter on the head widens the hidden states
             with torch.autocast(own.device.type, enabled=False):
-                values.append(head_module(own.flatten(0, 1).index_select(0, index).float())[:, 0])
+                picked = own.flatten(0, 1).index_select(0, index).to(head_module.weight.dtype)
+                values.append(head_module(picked)[:, 0].float())
             return None if head_fn is None else head_fn(hidden, head)
 
         return self.policy(input_ids=input_ids, head_fn=both), values[0]

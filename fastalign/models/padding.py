@@ -53,12 +53,11 @@ def separate_pad_token(model: nn.Module, tokenizer: Any) -> int:
 
 
 def _end_tokens(base: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Ids that end or begin a sequence, by anyone's account."""
+    """Ids that end a sequence, by anyone's account."""
     found: set[int] = set()
     for owner in (tokenizer, base.config, base.config.get_text_config(), getattr(base, "generation_config", None)):
-        for name in ("eos_token_id", "bos_token_id"):
-            ids = getattr(owner, name, None)
-            found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+        ids = getattr(owner, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return found
 
 

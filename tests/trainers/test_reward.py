@@ -1,12 +1,19 @@
 """RewardTrainer on a tiny model: every kind of judgement, what is trained, resumed and refused."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from fastalign.models import score_sequences
+from fastalign.models import reward_normalization, score_sequences
 from fastalign.trainers.reward import RewardTrainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
@@ -58,6 +65,39 @@ def test_resumed_training_is_the_uninterrupted_one(rewards, kit, kind, adapter):
     last, expected = kit.logs(resumed)[-1], kit.logs(whole)[-1]
     for name in expected.keys() - {"tokens_per_second"}:
         assert last[name] == expected[name], name
+
+
+@pytest.mark.parametrize("kind", ["lists"])
+def test_two_processes_give_what_one_gives(rewards, kit, kind, tmp_path):
+    """Weights, logged metrics with extremes, normalisation, and an evaluation whose last batch is filled up."""
+    settings = {
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2, "micro_batch_tokens": 64, "normalize_rewards": "mean_std",
+    }  # fmt: skip
+    folder = tmp_path / "two"
+    folder.mkdir()
+    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings), kind]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    train, held_out = (rewards.data(kind, n, seed=seed) for n, seed in ((24, 0), (7, 1)))
+    one = rewards.trainer(rewards.model().double(), train, held_out, **(settings | {"per_device_train_batch_size": 8}))
+    one.train()
+    metrics = one.evaluate()
+    for process in workers:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    two = torch.load(folder / "result.pt")
+    kit.assert_same(two["weights"], kit.weights(one), rtol=1e-5, atol=1e-6)
+    for mine, expected in ((two["logs"], kit.logs(one)), ([two["eval"]], [metrics])):
+        for a, b in zip(mine, expected, strict=True):
+            for name in b.keys() - {"tokens_per_second", "epoch", "step", "learning_rate"}:
+                if not name.endswith(("runtime", "per_second")):
+                    assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    assert two["normalization"] == pytest.approx(tuple(reward_normalization(one.model)), rel=1e-4)
 
 
 def test_padding_of_any_kind_changes_no_reward(rewards):

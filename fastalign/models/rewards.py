@@ -11,13 +11,14 @@ so that they live as long as the model does. `score_sequences` applies them; pla
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastalign.models.batches import plan_batches
 from fastalign.models.inference import inference
 from fastalign.models.scalar import base_scalar_model, fuse_scalar_head, is_scalar_fused, unfuse_scalar_head
 
@@ -94,7 +95,7 @@ def score_sequences(
     with inference(model, device, autocast=autocast):
         fuse_scalar_head(model)
         try:
-            for batch in _batches(lengths, batch_tokens):
+            for batch in plan_batches(lengths, batch_tokens):
                 ids, rows = _padded([sequences[i][0] for i in batch])
                 scores[batch] = model(input_ids=ids.to(device), rows=rows).cpu().numpy()
         finally:
@@ -102,16 +103,6 @@ def score_sequences(
                 unfuse_scalar_head(model)
     normalization = reward_normalization(model) if normalise else None
     return scores if normalization is None else normalization(scores)
-
-
-def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Positions of the sequences of each batch, longest first: little padding, and a lack of memory shows at once."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + max(1, batch_tokens // int(lengths[order[start]]))
-        yield order[start:stop]
-        start = stop
 
 
 def _padded(sequences: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

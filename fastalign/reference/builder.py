@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.reference.batches import plan_batches
+from fastalign.models.batches import plan_batches
 from fastalign.reference.errors import DamagedFileError
 from fastalign.reference.index import KeyIndex, first_occurrences
 from fastalign.reference.progress import track

@@ -15,11 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastalign.models import Head, fuse_head, unfuse_head
+from fastalign.models.batches import plan_batches
 from fastalign.models.causal import is_fused
 from fastalign.models.head import base_causal_lm
 from fastalign.models.inference import inference, refuse_token_adapters
 from fastalign.ops import linear_logps
-from fastalign.reference.batches import plan_batches
 from fastalign.reference.identity import checked_adapter, unwrap
 from fastalign.reference.progress import track
 from fastalign.reference.sequences import TokenSequence, checked_length

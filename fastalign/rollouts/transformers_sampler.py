@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastalign.models.batches import plan_batches
 from fastalign.models.head import base_causal_lm
 from fastalign.models.inference import inference, refuse_token_adapters
-from fastalign.reference.batches import plan_batches
 from fastalign.rollouts.continuous import check_continuous, generate_continuously
 from fastalign.rollouts.generation import (
     SampledLogps,

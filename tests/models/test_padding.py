@@ -86,6 +86,13 @@ def test_a_good_pad_token_stays(tmp_path):
     assert_plain_transformers_agrees(model, tokenizer, tmp_path)
 
 
+def test_a_token_that_begins_sequences_may_pad():
+    tokenizer = word_tokenizer(
+        {0: "<unk>", 1: "<eos>", 2: "<s>"}, eos_token="<eos>", pad_token="<s>", unk_token="<unk>"
+    )
+    assert separate_pad_token(make(bos_token_id=2), tokenizer) == 2
+
+
 def test_an_end_token_of_the_model_alone_is_no_pad_either():
     special = {0: "<unk>", 1: "<eos>", 2: "<end>", 3: "<|reserved|>"}
     tokenizer = word_tokenizer(special, eos_token="<eos>", pad_token="<end>", unk_token="<unk>")

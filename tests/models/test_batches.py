@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalign.reference.batches import plan_batches
+from fastalign.models.batches import plan_batches
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=60)
 

@@ -1,4 +1,4 @@
-"""Which sequences are scored together."""
+"""Which sequences are run together: to be scored, or to be continued."""
 
 from __future__ import annotations
 

@@ -81,8 +81,10 @@ class RewardExamples(Examples):
         return response_sequences(prepared)
 
     def _source(self, dataset: Any, split: str | None) -> dict[str, Any]:
-        named = isinstance(dataset, str)
-        return {"split": split if named else None, "config": self.args.dataset_config if named else None}
+        """Options of `load_rows` for a reference set. dataset_config is dataset_name's, and of no other data."""
+        if not isinstance(dataset, str):
+            return {"split": None, "config": None}
+        return {"split": split, "config": self.args.dataset_config if dataset == self.args.dataset_name else None}
 
     def _tokenize(self, dataset: Any, tokenizer: Any, **options: Any) -> tuple[Dataset, DataReport]:
         prepared, report = _prepare(dataset, tokenizer, self.args, self.label_type, options, judged=True)

@@ -79,6 +79,18 @@ def test_an_adapter_with_its_head_and_the_merged_model(reward_yaml, settings):
     assert main(["reward", "--config", str(reward_yaml), "--model_name_or_path", str(out / "merged")]) == 0
 
 
+def test_the_example_is_a_configuration(tmp_path):
+    from fastalign.cli.reward import COMMAND
+    from fastalign.trainers import RewardConfig
+
+    example = Path(__file__).parents[2] / "examples" / "reward.yaml"
+    given = COMMAND.settings(["--config", str(example), "--output_dir", str(tmp_path), "--use_cpu"])
+    config = RewardConfig(**given)
+    assert config.normalize_rewards == "mean_std"
+    assert config.center_rewards_coefficient == 0.01
+    assert set(COMMAND.required) <= given.keys()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -56,6 +56,21 @@ def test_margins_reach_the_loss(rewards, kit):
         first([row | {"margin": 1.0} for row in plain[:5]] + plain[5:])
 
 
+def test_responses_that_end_with_the_pad_token_are_counted(rewards, caplog):
+    rows = rewards.pairs(4).to_list()
+    rows[1]["chosen_ids"][-1] = rows[3]["rejected_ids"][-1] = rewards.tokenizer.pad_token_id
+    rewards.trainer(rewards.model(), Dataset.from_list(rows))
+    assert "2 responses of the train data end with the pad token 0" in caplog.text
+    caplog.clear()
+    lists = rewards.lists(3).to_list()
+    lists[2]["response_ids"][0][-1] = rewards.tokenizer.pad_token_id
+    rewards.trainer(rewards.model(), Dataset.from_list(lists))
+    assert "1 responses of the train data end with the pad token 0" in caplog.text
+    caplog.clear()
+    rewards.trainer(rewards.model(), rewards.pairs(4))
+    assert "pad token" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -38,7 +38,8 @@ class ActorCritic(nn.Module):
         if value_head:
             embedding = base_causal_lm(policy).get_input_embeddings().weight
             width = base_causal_lm(policy).config.get_text_config(decoder=True).hidden_size
-            self.value_head = nn.Linear(width, 1, device=embedding.device, dtype=torch.float32)
+            dtype = torch.promote_types(embedding.dtype, torch.float32)
+            self.value_head = nn.Linear(width, 1, device=embedding.device, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -121,7 +122,8 @@ def scalar_model_from(policy: nn.Module) -> PreTrainedModel:
     config = deepcopy(base.config)
     config.num_labels, config.problem_type, config.architectures = 1, "regression", None
     try:
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        dtype = torch.promote_types(base.get_input_embeddings().weight.dtype, torch.float32)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{type(base).__name__} has no sequence classifier in transformers to make a critic of") from (
             error

@@ -33,6 +33,7 @@ from fastalign.trainers.ppo_models import (
 from fastalign.trainers.ppo_passes import PassesTrainer
 from fastalign.trainers.ppo_rollout import Collector, PromptBatch, PromptSet
 from fastalign.trainers.ppo_state import PPOState
+from fastalign.types import Metric
 
 _EVALUATION = 2**31  # beside the number of a phase in the seed of a rollout
 
@@ -170,6 +171,9 @@ class PPOTrainer(PassesTrainer):
         if self.run.follows_kl and not self._warms_up:
             self.run.kl.update(values["objective/kl"], episodes)
         self.run.episodes += episodes
+        cut = experience.metrics["completions/clipped_ratio"]
+        processes = torch.full_like(cut.weight, self.accelerator.num_processes)
+        self._train_meter.update({"val/num_eos_tokens": Metric(cut.weight - cut.total, 1 / processes)})  # of a phase
         self._timed = (self._timed[0] + episodes, self._timed[1] + time.perf_counter() - start)
         narrow = autocast_dtype(self.args) is not None or self.args.dtype in ("bfloat16", "float16")
         found = phase_warnings(values, target_kl=self.args.target_kl, narrow=narrow, completions=episodes)

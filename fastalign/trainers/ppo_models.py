@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.data import CompletionCollator, DataReport, prepare_prompts
-from fastalign.models import disable_dropout, load_causal_lm, load_scalar_model
+from fastalign.models import disable_dropout, load_causal_lm, load_scalar_model, upcast_trainable
 from fastalign.models.actor_critic import ActorCritic, scalar_model_from, whole_model
 from fastalign.models.head import base_causal_lm
 from fastalign.models.rewards import set_reward_normalization
@@ -233,7 +233,8 @@ def build_actor_critic(
     else:
         critic = scalar_model_from(policy)
     if not isinstance(critic, PeftModel):
-        critic.float().requires_grad_(True)
+        critic.requires_grad_(True)
+    upcast_trainable(critic)
     set_reward_normalization(critic, None)  # of a reward model's scores: values are of shaped rewards
     check_trainable(critic)
     if args.disable_dropout:

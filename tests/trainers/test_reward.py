@@ -155,6 +155,26 @@ def test_centring_pulls_the_sum_of_a_pairs_rewards_to_zero(rewards):
     assert mean_reward(center_rewards_coefficient=1.0) < 0.5 * mean_reward()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast_over_float32_weights(rewards, kit, checkpointing):
+    def run(**settings):
+        trainer = rewards.trainer(
+            rewards.model(), rewards.pairs(16), num_train_epochs=2, learning_rate=0.01,
+            gradient_checkpointing=checkpointing, normalize_rewards="mean", **settings,
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    exact, mixed = run(), run(bf16=True)
+    assert {p.dtype for p in mixed.model.parameters()} == {torch.float32}
+    for a, b in zip(kit.logs(mixed), kit.logs(exact), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
+        assert a["loss"] != b["loss"]
+    # the mean is that of rewards as they are computed in training
+    sequences = mixed._reference_sequences()
+    assert abs(score_sequences(mixed.model, sequences, autocast=torch.bfloat16).mean()) < 1e-5
+
+
 # ---- what trains
 
 

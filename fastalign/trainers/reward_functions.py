@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.models import score_sequences
+from fastalign.models.scalar import fuse_scalar_head
 from fastalign.reference import TokenSequence
 from fastalign.rollouts import Completion
 
@@ -69,7 +70,8 @@ class RewardModel:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase, *,
         batch_tokens: int, autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.policy_tokenizer = model, tokenizer, policy_tokenizer
+        self.model = fuse_scalar_head(model)  # here, so that a model that cannot be one is found out at once
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.batch_tokens, self.autocast = batch_tokens, autocast
         self.shares_tokenizer = same_tokens(tokenizer, policy_tokenizer)
         self._shares_template = tokenizer.chat_template in (None, policy_tokenizer.chat_template)

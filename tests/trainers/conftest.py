@@ -9,7 +9,16 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fastalign.trainers import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from fastalign.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 torch.set_num_threads(1)
 VOCAB = 61
@@ -116,6 +125,29 @@ class Kit:
             eval_dataset=evaluation,
             **given,
         )
+
+    @staticmethod
+    def sequences(n: int, seed: int = 0, longest: int = 24) -> Dataset:
+        """Random tokens to learn from; of each sequence some are trained on, the first never."""
+        rng = np.random.default_rng(seed)
+        rows = []
+        for row in range(n):
+            ids = rng.integers(3, VOCAB, rng.integers(3, longest)).tolist()
+            mask = (rng.random(len(ids)) < 0.6).tolist()
+            rows.append({"input_ids": ids, "completion_mask": [False, *mask[1:-1], True], "row": row})
+        return Dataset.from_list(rows)
+
+    def sft(self, model=None, train=None, evaluation=None, *, peft_config=None, **settings) -> SFTTrainer:
+        defaults = {
+            "output_dir": str(self.folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 0.1,
+            "optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        return SFTTrainer(
+            self.model() if model is None else model, SFTConfig(**(defaults | settings)),
+            train_dataset=self.sequences(8) if train is None else train, eval_dataset=evaluation,
+            processing_class=self.tokenizer, peft_config=peft_config,
+        )  # fmt: skip
 
     @staticmethod
     def messages(n: int) -> list[dict[str, str]]:

@@ -1,12 +1,15 @@
 """SFTTrainer on a tiny model: its loss is transformers' own, whatever the batch is cut into; adapters; resuming."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
-from datasets import Dataset
 from peft import LoraConfig
 
 from fastalign.trainers import SFTConfig, SFTTrainer
@@ -16,35 +19,9 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64: what is left is the order of s
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
 
 
-def sequences(n, seed=0, longest=24, **columns):
-    """Random tokens; of each sequence some are trained on, the first never."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for row in range(n):
-        ids = rng.integers(3, VOCAB, rng.integers(3, longest)).tolist()
-        mask = (rng.random(len(ids)) < 0.6).tolist()
-        rows.append({"input_ids": ids, "completion_mask": [False, *mask[1:-1], True], "row": row} | columns)
-    return Dataset.from_list(rows)
-
-
 @pytest.fixture
 def sft(kit):
-    """make(model, train, evaluation, **settings) -> SFTTrainer"""
-
-    def make(model=None, train=None, evaluation=None, *, tokenizer=None, peft_config=None, formatting_func=None,
-             **settings):  # fmt: skip
-        defaults = {
-            "output_dir": str(kit.folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
-            "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 0.1,
-            "optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
-        }  # fmt: skip
-        return SFTTrainer(
-            kit.model() if model is None else model, SFTConfig(**(defaults | settings)),
-            train_dataset=sequences(8) if train is None else train, eval_dataset=evaluation,
-            processing_class=tokenizer or kit.tokenizer, peft_config=peft_config, formatting_func=formatting_func,
-        )  # fmt: skip
-
-    return make
+    return kit.sft
 
 
 def plain_loss(model, examples):
@@ -71,7 +48,7 @@ def plain_loss(model, examples):
     ],
 )
 def test_the_loss_is_the_models_own(kit, sft, kind, config, sizes):
-    model, train = kit.model(kind=kind, config=config, **sizes), sequences(4)
+    model, train = kit.model(kind=kind, config=config, **sizes), kit.sequences(4)
     trainer = sft(model, train, max_steps=1, disable_dropout=True)
     with torch.no_grad():
         expected = plain_loss(model.eval(), list(train))
@@ -92,7 +69,7 @@ def test_the_loss_is_the_models_own(kit, sft, kind, config, sizes):
 
 
 def test_a_step_moves_the_weights_as_the_models_own_loss_would(kit, sft):
-    train, twin = sequences(4), kit.model().double()
+    train, twin = kit.sequences(4), kit.model().double()
     plain_loss(twin, list(train)).loss.backward()
     trainer = sft(kit.model().double(), train, max_steps=1, lr_scheduler_type="constant")
     trainer.train()
@@ -103,7 +80,7 @@ def test_a_step_moves_the_weights_as_the_models_own_loss_would(kit, sft):
 def run(kit, sft, n=22, **settings):
     """Two epochs in steps of 8 sequences (22: the last step has 6), in float64."""
     settings = {"num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch"} | settings
-    trainer = sft(kit.model().double(), sequences(n), **settings)
+    trainer = sft(kit.model().double(), kit.sequences(n), **settings)
     trainer.train()
     return kit.weights(trainer), kit.logs(trainer)
 
@@ -132,7 +109,7 @@ def test_the_split_of_a_batch_changes_nothing(kit, sft, split):
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_evaluation_is_over_tokens_whatever_the_batches(kit, sft, size):
-    model, held_out = kit.model(), sequences(7, seed=1)
+    model, held_out = kit.model(), kit.sequences(7, seed=1)
     trainer = sft(model, None, held_out, per_device_eval_batch_size=size)
     with torch.no_grad():
         expected = float(plain_loss(model.eval(), list(held_out)).loss)
@@ -140,6 +117,37 @@ def test_evaluation_is_over_tokens_whatever_the_batches(kit, sft, size):
     assert trainer.evaluate({"a": held_out})["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
     rows = [{"text": "w3 w4 w5"}, {"prompt": "w3", "completion": " w7"}]
     assert trainer.evaluate(rows)["eval_loss"] > 0
+
+
+def test_two_processes_give_what_one_gives(kit, sft, tmp_path):
+    """The processes have different numbers of trained tokens, and the loss is the mean over all of them."""
+    settings = {
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch",
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "micro_batch_tokens": 64,
+    }  # fmt: skip
+    folder = tmp_path / "two"
+    folder.mkdir()
+    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings), "sft"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    data = kit.sequences(24), kit.sequences(7, seed=1)
+    one = sft(kit.model().double(), *data, **(settings | {"per_device_train_batch_size": 8}))
+    one.train()
+    metrics = one.evaluate()
+    for process in workers:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-2000:]
+    two = torch.load(folder / "result.pt")
+    kit.assert_same(two["weights"], kit.weights(one), **EXACT)
+    for a, b in zip(two["logs"], kit.logs(one), strict=True):
+        for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6), name
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert two["eval"][name] == pytest.approx(metrics[name], rel=1e-6), name
 
 
 def test_the_routers_loss_is_weighted_by_tokens(kit, sft):
@@ -172,12 +180,12 @@ def test_the_routers_loss_is_weighted_by_tokens(kit, sft):
 def test_packing_changes_nothing_but_the_layout(kit, sft, kind, config, sizes):
     """Loss, gradients (by the weights they move) and metrics, of all sequences in one step."""
     settings = {"num_train_epochs": 2, "per_device_train_batch_size": 64, "max_length": 32, "backend": "torch"}
-    held_out = sequences(9, seed=1)
+    held_out = kit.sequences(9, seed=1)
     runs = []
     for other in ({"micro_batch_tokens": 0}, {"packing": True, "micro_batch_tokens": 80},
                   {"packing": True, "gradient_checkpointing": True, "eval_packing": False}):  # fmt: skip
         model = kit.model(kind=kind, config=config, **sizes)
-        trainer = sft(model, sequences(30), held_out, **(settings | other))
+        trainer = sft(model, kit.sequences(30), held_out, **(settings | other))
         trainer.train()
         runs.append((trainer, kit.weights(trainer), kit.logs(trainer), trainer.evaluate()))
     padded, packed, mixed = (trainer for trainer, *_ in runs)
@@ -196,8 +204,8 @@ def test_packing_changes_nothing_but_the_layout(kit, sft, kind, config, sizes):
 def test_a_packed_run_resumes_and_saves_a_plain_model(kit, sft):
     def make():
         return sft(
-            kit.model(), sequences(40), packing=True, max_length=32, per_device_train_batch_size=2, num_train_epochs=2,
-            optim="adamw_torch", learning_rate=0.01, save_strategy="steps", save_steps=3,
+            kit.model(), kit.sequences(40), packing=True, max_length=32, per_device_train_batch_size=2,
+            num_train_epochs=2, optim="adamw_torch", learning_rate=0.01, save_strategy="steps", save_steps=3,
         )  # fmt: skip
 
     whole, resumed = make(), make()
@@ -219,8 +227,8 @@ def test_long_sequences_are_split_or_truncated(kit, sft):
     assert cut.data_reports["train"].truncated_completions == 1
 
 
-def test_packed_data_is_known_and_needs_packing(sft):
-    packed = sft(train=sequences(8), packing=True, max_length=48).train_dataset
+def test_packed_data_is_known_and_needs_packing(kit, sft):
+    packed = sft(train=kit.sequences(8), packing=True, max_length=48).train_dataset
     assert sft(train=packed, packing=True, max_length=48).train_dataset is packed
     with pytest.raises(ValueError, match=r"the train data is packed \(it has seq_lengths\): set packing=True"):
         sft(train=packed, max_length=48)
@@ -265,7 +273,7 @@ def test_resumed_training_ends_in_the_same_weights(kit, sft, adapter):
     def make():
         lora = LoraConfig(**LORA, lora_dropout=0.3) if adapter else None  # dropout: the random state must come back too
         return sft(
-            kit.model(attention_dropout=0.1), sequences(22), peft_config=lora, num_train_epochs=2,
+            kit.model(attention_dropout=0.1), kit.sequences(22), peft_config=lora, num_train_epochs=2,
             optim="adamw_torch", learning_rate=0.01, save_strategy="steps", save_steps=4,
             gradient_accumulation_steps=2, max_grad_norm=1.0,
         )  # fmt: skip
@@ -289,7 +297,7 @@ def test_generation_stops_at_the_chosen_end_of_sequence(sft):
 
 
 def test_it_learns(kit, sft):
-    trainer = sft(train=sequences(4), num_train_epochs=60, optim="adamw_torch", learning_rate=0.02)
+    trainer = sft(train=kit.sequences(4), num_train_epochs=60, optim="adamw_torch", learning_rate=0.02)
     trainer.train()
     logs = kit.logs(trainer)
     assert logs[0]["loss"] > 3.5
@@ -305,4 +313,4 @@ def test_what_is_not_supported_is_refused(sft, kit):
     with pytest.raises(ValueError, match="no data"):
         SFTTrainer(kit.model(), SFTConfig("out", use_cpu=True), processing_class=kit.tokenizer)
     with pytest.raises(ValueError, match="no logits"):
-        sft().predict(sequences(2))
+        sft().predict(kit.sequences(2))

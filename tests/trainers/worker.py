@@ -1,6 +1,6 @@
 """One of two processes: `python worker.py FOLDER SETTINGS [KIND]`, started by a test with torchrun's environment.
 
-Without KIND it trains by DPO, with it a reward model on that kind of judgement.
+Without KIND it trains by DPO, with "sft" by SFT, otherwise a reward model on that kind of judgement.
 """
 
 import importlib.util
@@ -18,9 +18,13 @@ spec.loader.exec_module(conftest)
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 kit = conftest.Kit(folder, conftest.make_tokenizer())
-if len(sys.argv) > 3:
+kind = sys.argv[3] if len(sys.argv) > 3 else None
+if kind == "sft":
+    data = kit.sequences(24), kit.sequences(7, seed=1)
+    trainer = kit.sft(kit.model().double(), *data, ddp_backend="gloo", **settings)
+elif kind:
     rewards = conftest.RewardKit(kit)
-    data = [rewards.data(sys.argv[3], n, seed=seed) for n, seed in ((24, 0), (7, 1))]
+    data = [rewards.data(kind, n, seed=seed) for n, seed in ((24, 0), (7, 1))]
     trainer = rewards.trainer(rewards.model().double(), *data, ddp_backend="gloo", **settings)
 else:
     trainer = kit.trainer(kit.model().double(), kit.pairs(24), kit.pairs(7, seed=1), ddp_backend="gloo", **settings)
@@ -28,6 +32,6 @@ trainer.train()
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     result = {"weights": kit.weights(trainer), "logs": kit.logs(trainer), "eval": metrics}
-    if len(sys.argv) > 3:
+    if kind not in (None, "sft"):
         result["normalization"] = tuple(reward_normalization(trainer.model))
     torch.save(result, folder / "result.pt")

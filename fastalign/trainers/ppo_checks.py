@@ -29,10 +29,11 @@ def phase_warnings(
             f"objective/kl_k3 is {kl_k3:.3g}: the k3 estimate of a KL cannot be negative; log-probs of policy or "
             "reference are wrong"
         )
-    if kl is not None and kl_k3 is not None and kl < -1.0 and kl < -2 * abs(kl_k3):
+    # a log-ratio with mean K has a variance of about 2K: over S completions K − z·√(2K/S) ≥ −z²/2S, and z = 4 is rare
+    if kl is not None and kl < -max(1.0, 8 / max(completions, 1)):
         found["negative"] = (
             f"objective/kl is {kl:.3g} nats per completion: a KL is not negative, so completions are not the policy's "
-            "own samples (sampling options other than temperature, or another tokenizer), or there are too few of them"
+            "own samples (sampling options other than temperature, an engine with other weights)"
         )
     limit = _LARGE_KL if target_kl is None else _EXPLODING * target_kl
     if kl is not None and not kl <= limit:  # nan too

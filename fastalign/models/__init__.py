@@ -2,6 +2,7 @@
 
 from fastalign.models.causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
 from fastalign.models.loading import disable_dropout, load_causal_lm, upcast_trainable
+from fastalign.models.packing import disable_segments, enable_segments
 from fastalign.models.padding import separate_pad_token
 from fastalign.models.rewards import (
     RewardNormalization,
@@ -16,11 +17,15 @@ from fastalign.models.scalar import (
     scalar_head,
     unfuse_scalar_head,
 )
+from fastalign.models.segments import Segments
 
 __all__ = [
     "Head",
     "RewardNormalization",
+    "Segments",
     "disable_dropout",
+    "disable_segments",
+    "enable_segments",
     "find_head",
     "fuse_head",
     "fuse_scalar_head",

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from fastalign.linear import linear_cross_entropy
-from fastalign.models import Head, disable_dropout, fuse_head
+from fastalign.models import Head, Segments, disable_dropout, enable_segments, fuse_head
 from fastalign.models.head import base_causal_lm
-from fastalign.models.packing import enable_segments
-from fastalign.models.segments import Segments
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device

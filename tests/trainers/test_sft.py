@@ -120,10 +120,10 @@ def test_evaluation_is_over_tokens_whatever_the_batches(kit, sft, size):
 
 
 def test_two_processes_give_what_one_gives(kit, sft, tmp_path):
-    """The processes have different numbers of trained tokens, and the loss is the mean over all of them."""
+    """Packed, so that they have different numbers of trained tokens; the loss is the mean over all of them."""
     settings = {
-        "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch",
-        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "micro_batch_tokens": 64,
+        "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch", "packing": True,
+        "max_length": 32, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "micro_batch_tokens": 64,
     }  # fmt: skip
     folder = tmp_path / "two"
     folder.mkdir()
@@ -135,7 +135,7 @@ def test_two_processes_give_what_one_gives(kit, sft, tmp_path):
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
     data = kit.sequences(24), kit.sequences(7, seed=1)
-    one = sft(kit.model().double(), *data, **(settings | {"per_device_train_batch_size": 8}))
+    one = sft(kit.model().double(), *data, **(settings | {"per_device_train_batch_size": 4}))
     one.train()
     metrics = one.evaluate()
     for process in workers:

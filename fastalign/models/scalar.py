@@ -74,9 +74,10 @@ def load_scalar_model(
     head_name, _ = _named_head(model)
     if info["mismatched_keys"]:
         key, found, expected = next(iter(info["mismatched_keys"]))
+        several = key.startswith(f"{head_name}.")
         raise ValueError(
-            f"{name} has {key} of shape {tuple(found)}, a scalar model needs {tuple(expected)}: "
-            "a classifier with several labels is no reward or value model"
+            f"{name} has {key} of shape {tuple(found)}, a scalar model needs {tuple(expected)}"
+            + (": a classifier with several labels is no reward or value model" if several else "")
         )
     missing = set(info["missing_keys"])
     head_keys = {key for key in missing if key.rpartition(".")[0] == head_name}

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fastalign.demo.language import Annotators, Question, gold_reward
 from fastalign.reference import TokenSequence, score
+from fastalign.rollouts import SamplingOptions, TransformersSampler
 
 
 class Estimate(NamedTuple):
@@ -61,44 +61,25 @@ def sample_answers(
 
     Depends on the arguments alone; torch's global random state and the model's mode are left as found.
     """
-    training = model.training
-    model.eval()
-    sequences: list[TokenSequence] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for i in range(0, len(questions), batch_size):
-            prompts = [question.prompt for question in questions[i : i + batch_size]]
-            sequences += _sample_batch(model, tokenizer, prompts, max_new_tokens)
-    model.train(training)
-    texts = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in sequences]
-    finished = np.array([ids[-1] == tokenizer.eos_token_id for ids, _ in sequences])
-    return Answers(questions=list(questions), sequences=sequences, texts=texts, finished=finished)
+    sampler = TransformersSampler(
+        model, tokenizer, SamplingOptions(max_new_tokens=max_new_tokens), batch_size=batch_size
+    )
+    prompts = [tokenizer(question.prompt)["input_ids"] for question in questions]
+    completions = sampler.generate(prompts, seed=seed)
+    return Answers(
+        questions=list(questions),
+        sequences=[TokenSequence(p + c.ids, len(p)) for p, c in zip(prompts, completions, strict=True)],
+        texts=[tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions],
+        finished=np.array([c.finished for c in completions]),
+    )
 
 
-def _sample_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], max_new_tokens: int
-) -> list[TokenSequence]:
-    prompts = tokenizer(texts, return_tensors="pt", padding=True)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    generated = model.generate(
-        input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], generation_config=config
-    )
-    width = prompts["input_ids"].shape[1]
-    sequences = []
-    for ids, start in zip(generated.tolist(), prompts["attention_mask"].sum(dim=1).tolist(), strict=True):
-        answer = ids[width:]
-        if tokenizer.eos_token_id in answer:
-            answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-        sequences.append(TokenSequence(ids[width - start : width] + answer, start))
-    return sequences
+def kl_of(model: PreTrainedModel, sft: PreTrainedModel, answers: Answers) -> np.ndarray:
+    """(Q,) Σ_t log π(y_t) − log π_SFT(y_t) in nats, whose mean is KL(π‖π_SFT) if the answers are π's own."""
+    if model is sft:
+        return np.zeros(len(answers.lengths))
+    log_ratios = zip(score(model, answers.sequences), score(sft, answers.sequences), strict=True)
+    return np.array([float(np.sum(ours - theirs, dtype=np.float64)) for ours, theirs in log_ratios])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +106,9 @@ def score_policy(
 ) -> PolicyScore:
     """Score `answers`, sampled from `model`, against `baseline`, the SFT model's to the same questions.
 
-    KL is the mean over answers of Σ_t log π(y_t) − log π_SFT(y_t), unbiased because the answers are π's own.
+    KL is unbiased because the answers are π's own; see `kl_of`.
     """
     rewards, lengths = answers.rewards, answers.lengths
-    kl = np.zeros(len(lengths))
-    if model is not sft:
-        log_ratios = zip(score(model, answers.sequences), score(sft, answers.sequences), strict=True)
-        kl = np.array([float(np.sum(ours - theirs, dtype=np.float64)) for ours, theirs in log_ratios])
     wins = preferred = None
     if answers is not baseline:
         wins = Estimate.of(np.where(rewards == baseline.rewards, 0.5, rewards > baseline.rewards))
@@ -142,7 +119,7 @@ def score_policy(
         gold=Estimate.of(rewards),
         length=Estimate.of(lengths),
         cut_off=Estimate.of(~answers.finished),
-        kl=Estimate.of(kl),
+        kl=Estimate.of(kl_of(model, sft, answers)),
         wins=wins,
         annotator_wins=preferred,
     )

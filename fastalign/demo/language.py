@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ARTICLES = ("tea", "bread", "honey", "rice", "salt", "milk", "soap", "paper", "oil", "cheese", "flour", "butter")
@@ -74,7 +75,7 @@ class Writers:
     """
 
     p_mention: float = 0.85  # of a detail that was asked for
-    p_right: float = 0.7
+    p_right: float = 0.55
     p_filler: float = 0.35  # of one more filler, after each detail and at the end
 
     def write(self, question: Question, rng: random.Random) -> str:
@@ -136,6 +137,17 @@ class Annotators:
     def p_prefer(self, gold_difference: float, length_difference: float) -> float:
         z = self.gold_weight * gold_difference + self.length_bias * length_difference
         return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+    def rank(self, gold: Sequence[float], lengths: Sequence[float], rng: random.Random) -> list[int]:
+        """Ranks of several answers, 1 the best: those of their worth plus Gumbel noise (Plackett and Luce's model), so
+        that any two of them are ranked as `p_prefer` has it.
+        """
+        worth = [
+            self.gold_weight * g + self.length_bias * n - math.log(-math.log(rng.random() or 0.5))
+            for g, n in zip(gold, lengths, strict=True)
+        ]
+        best_first = sorted(range(len(worth)), key=lambda i: -worth[i])
+        return [best_first.index(i) + 1 for i in range(len(worth))]
 
 
 def vocabulary() -> list[str]:

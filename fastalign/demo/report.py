@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fastalign.demo.language import FACTS, judge_sentence, split_sentences
 from fastalign.demo.report_template import TEMPLATE
-from fastalign.demo.summary import COLUMNS, cache_line, cell, next_commands, verdict
+from fastalign.demo.summary import COLUMNS, cache_line, cell, next_commands, ppo_verdict, verdict
 
 if TYPE_CHECKING:
     from fastalign.demo.experiment import DemoResult
@@ -33,6 +33,9 @@ def write_report(result: DemoResult, svg: str | None) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.from_string(TEMPLATE).render(
         verdict=verdict(result),
+        ppo_verdict=ppo_verdict(result),
+        rankings=f"{result.settings.ranked_questions:,}",
+        target_kl=result.settings.target_kl,
         columns=COLUMNS,
         rows=[(score.name, [cell(score, column) for column in COLUMNS]) for score in result.scores.values()],
         svg=None if svg is None else Markup(svg),

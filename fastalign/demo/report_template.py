@@ -5,7 +5,7 @@ TEMPLATE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fastalign demo: DPO against length-penalised DPO</title>
+<title>fastalign demo: DPO, length-penalised DPO and PPO</title>
 <style>
 :root { --ink: #1d2433; --soft: #5b6474; --line: #dfe3ea; --paper: #f5f6f9; --card: #fff;
         --right: #17803d; --wrong: #c02626; --filler: #8a92a0; --accent: #1f6fb2; }
@@ -49,10 +49,10 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .87rem; }
 </head>
 <body>
 <main>
-<h1>DPO against length-penalised DPO</h1>
+<h1>DPO, length-penalised DPO and PPO</h1>
 <p class="lead">A model of a hundred thousand parameters, a language of a few dozen words, and annotators who like long
 answers a little too much.</p>
-<p class="verdict">{{ verdict }}</p>
+<p class="verdict">{{ verdict }} {{ ppo_verdict }}</p>
 
 <div class="card">
 <table>
@@ -75,7 +75,8 @@ answers a little too much.</p>
 <p>No figure: matplotlib is not installed. With it (<code>pip install matplotlib</code>) the next run draws one.</p>
 {% else %}
 <div class="card figure">{{ svg }}</div>
-<p>Bands are two standard errors wide on either side.</p>
+<p>Bands are two standard errors wide on either side. In the plane of reward and KL a policy starts at the left, at the
+SFT model, and ends at its large dot: further up is better, further right is more of a change.</p>
 {% endif %}
 
 <h2>What is going on</h2>
@@ -93,6 +94,12 @@ answers with equal gold rewards the longer one was chosen in
 facts. R-DPO adds α(|y<sub>w</sub>| − |y<sub>l</sub>|) to the log-odds that it fits, here with α = {{ alpha }}: what
 length explains of a preference need not be explained by the policy any more. In life nobody knows the annotators' bias,
 and α is a setting to be tuned; here it is known, and the demonstration uses it unless it is told otherwise.</p>
+
+<p>PPO goes another way. The annotators rank four clerks' answers to each of {{ rankings }} questions; a reward model
+with the SFT model's trunk learns to score answers as they do, length included. The policy then samples its own answers
+and is moved towards those that score more than its critic expected. A controller weighs a penalty on the KL to the SFT
+model so that it stays near {{ target_kl }} nats an answer: chatter earns little for its KL, so there is hardly room
+for it.</p>
 
 <h2>Answers</h2>
 <p>The first questions of the evaluation, not selected. <span class="right">Right</span>,

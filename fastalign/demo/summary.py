@@ -67,7 +67,8 @@ def introduction(settings: DemoSettings) -> str:
         "A tiny model learns to answer shoppers' questions (SFT), then from annotators who compare answers. The gold "
         "reward counts right and wrong details and ignores length. The annotators go by it too, but a token of length "
         f"is worth {settings.length_bias:g} of their logit. DPO trains on their preferences as they are, R-DPO with "
-        f"length_alpha = {settings.alpha:g}."
+        f"length_alpha = {settings.alpha:g}; PPO on a reward model of their rankings, at a KL of about "
+        f"{settings.target_kl:g} nats."
     )
 
 
@@ -76,6 +77,17 @@ def verdict(result: DemoResult) -> str:
     length = result.shorter
     change = f"{length:.0%} shorter" if length >= 0 else f"{-length:.0%} longer"
     return f"R-DPO's answers are {change} than DPO's, with {result.gold_ratio:.1%} of its gold reward."
+
+
+def ppo_verdict(result: DemoResult) -> str:
+    """What PPO came to, in two sentences."""
+    sft, ppo, judge = result.scores["SFT"].gold.mean, result.scores["PPO"].gold.mean, result.reward_model
+    return (
+        f"PPO raises the gold reward from {sft:.2f} to {ppo:.2f}, {result.ppo_gain:.2f} standard deviations of the SFT "
+        f"answers', at a KL of {result.held_kl:.1f} nats (target {result.settings.target_kl:g}). Its reward model "
+        f"agrees with the annotators on {judge.annotators.mean:.1%} of new pairs, where {judge.possible:.1%} is "
+        f"possible, and with the gold reward on {judge.gold.mean:.1%}."
+    )
 
 
 def cache_line(result: DemoResult) -> str:
@@ -93,7 +105,7 @@ def conclusion(result: DemoResult) -> str:
     if result.plot is not None:
         plot = escape(str(result.plot))
     return (
-        f"[bold]{verdict(result)}[/bold]\n"
+        f"[bold]{verdict(result)}\n{ppo_verdict(result)}[/bold]\n"
         f"Of two answers with equal gold rewards the annotators chose the longer one in {share.mean:.0%} of cases.\n"
         f"{cache_line(result)}\n"
         f"\nReport: {report}\nPlot: {plot}\nTime: {result.total_seconds:.0f} s\n"

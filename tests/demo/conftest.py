@@ -12,6 +12,9 @@ _TINY = {
     "curve_questions": 4,
     "curve_points": 2,
     "max_new_tokens": 24,
+    "ranked_questions": 32,
+    "ppo_steps": 2,
+    "ppo_batch_size": 8,
 }
 """Settings of a demonstration that takes seconds and teaches the model nothing."""
 

@@ -14,9 +14,18 @@ from fastalign.demo import run
 def test_everything_is_there(tiny_demo):
     result, printed = tiny_demo
     folder = result.report.parent
-    assert {"report.html", "results.json", "preferences.jsonl", "sft", "dpo", "r-dpo", "reference-cache"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "report.html",
+        "results.json",
+        "preferences.jsonl",
+        "rankings.jsonl",
+        "sft",
+        "dpo",
+        "r-dpo",
+        "reward-model",
+        "ppo",
+        "reference-cache",
+    } <= {path.name for path in folder.iterdir()}
     assert (result.plot is not None) == (folder / "plot.png").is_file()
     for word in ("SFT", "R-DPO", "gold reward", "shorter" if result.shorter >= 0 else "longer", "fastalign dpo"):
         assert word in printed
@@ -25,7 +34,7 @@ def test_everything_is_there(tiny_demo):
 def test_the_models_load_with_plain_transformers_and_differ(tiny_demo):
     folder = tiny_demo[0].report.parent
     weights = {}
-    for name in ("sft", "dpo", "r-dpo"):
+    for name in ("sft", "dpo", "r-dpo", "ppo"):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         prompt = "Shopper: price of tea? Clerk:"
@@ -33,6 +42,7 @@ def test_the_models_load_with_plain_transformers_and_differ(tiny_demo):
         weights[name] = model.lm_head.weight
     assert not torch.equal(weights["sft"], weights["dpo"])
     assert not torch.equal(weights["dpo"], weights["r-dpo"])  # length_alpha reached the loss
+    assert not torch.equal(weights["sft"], weights["ppo"])
 
 
 def test_the_second_run_finds_every_reference_log_prob(tiny_demo):
@@ -47,7 +57,9 @@ def test_curves_start_at_the_sft_model_and_end_with_training(tiny_demo, tiny):
     assert (
         [point.step for point in curves["DPO"]] == [point.step for point in curves["R-DPO"]] == [0, steps // 2, steps]
     )
-    assert curves["DPO"][0] == curves["R-DPO"][0]
+    assert curves["DPO"][0] == curves["R-DPO"][0] == curves["PPO"][0]
+    assert curves["DPO"][0].kl.mean == 0.0
+    assert [point.step for point in curves["PPO"]] == [0, tiny["ppo_steps"] // 2, tiny["ppo_steps"]]
 
 
 def test_results_are_saved_in_full(tiny_demo):
@@ -59,6 +71,9 @@ def test_results_are_saved_in_full(tiny_demo):
         "stderr": result.scores["DPO"].kl.stderr,
     }
     assert saved["settings"]["length_alpha"] == result.settings.length_bias
+    assert len(saved["ppo_kl"]) == result.settings.ppo_steps
+    assert saved["ppo_kl"][0] == pytest.approx(0.0, abs=1e-4)  # the first answers are the SFT model's
+    assert saved["reward_model"]["gold"]["mean"] == result.reward_model.gold.mean
     assert saved["shorter"] == 1 - result.scores["R-DPO"].length.mean / result.scores["DPO"].length.mean
 
 
@@ -86,11 +101,19 @@ def test_without_a_length_penalty_r_dpo_is_dpo_to_the_bit(tiny, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_length_exploitation_in_miniature(tmp_path, seed):
-    """The demonstration's claim: R-DPO at least 20 % shorter than DPO, its gold reward within 5 % of DPO's."""
+    """The demonstration's claims: R-DPO at least 20 % shorter than DPO, its gold reward within 5 % of DPO's; PPO a
+    standard deviation above SFT in gold reward, at a KL within a factor 2 of its target; the reward model above 80 %.
+    """
     began = time.process_time()
     result = run(tmp_path, seed, console=Console(quiet=True))
-    assert time.process_time() - began < 150  # of one core: under three minutes on two
-    sft, dpo, r_dpo = result.scores.values()
+    assert time.process_time() - began < 280  # of one core: under five minutes on two
+    sft, dpo, r_dpo, ppo = result.scores.values()
+    assert result.ppo_gain >= 1.0
+    target = result.settings.target_kl
+    assert target / 2 <= result.held_kl <= 2 * target
+    assert target / 2 <= ppo.kl.mean <= 2 * target  # of the final policy, on other questions
+    assert result.reward_model.annotators.mean > 0.8
+    assert result.reward_model.gold.mean > 0.8
     assert result.shorter >= 0.2
     assert abs(result.gold_ratio - 1) <= 0.05
     # what makes it a demonstration: both learn, DPO's answers grow, and the annotators like them better for it

@@ -7,10 +7,18 @@ from fastalign.demo.plot import CurvePoint, can_plot, draw
 pytestmark = pytest.mark.skipif(not can_plot(), reason="matplotlib is not installed")
 
 CURVES = {
-    name: [CurvePoint(step, Estimate(0.1 * step, 0.05), Estimate(20.0 + gain * step, 1.0)) for step in range(4)]
-    for name, gain in (("DPO", 5), ("R-DPO", 0))
+    name: [
+        CurvePoint(step, Estimate(0.1 * step, 0.05), Estimate(20.0 + gain * step, 1.0), Estimate(0.5 * step, 0.1))
+        for step in range(4)
+    ]
+    for name, gain in (("DPO", 5), ("R-DPO", 0), ("PPO", 1))
 }
-LENGTHS = {"SFT": np.array([4, 8, 9]), "DPO": np.array([20, 40, 60]), "R-DPO": np.array([5, 5, 5])}
+LENGTHS = {
+    "SFT": np.array([4, 8, 9]),
+    "DPO": np.array([20, 40, 60]),
+    "R-DPO": np.array([5, 5, 5]),
+    "PPO": np.array([6, 7, 8]),
+}
 
 
 def test_draws_a_png_and_an_svg(tmp_path):
@@ -18,7 +26,7 @@ def test_draws_a_png_and_an_svg(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert svg.startswith("<svg")
     assert svg.rstrip().endswith("</svg>")
-    for text in ("Mean answer length", "Gold reward", "tokens", "SFT", "R-DPO"):
+    for text in ("Mean answer length", "Gold reward", "Reward and KL", "tokens", "SFT", "R-DPO", "PPO"):
         assert text in svg
 
 

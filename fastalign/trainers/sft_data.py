@@ -47,10 +47,11 @@ def completion_examples(tokenizer: Any, args: SFTConfig, formatting_func: Format
     # "bfd_split" cuts what is too long only when it packs
     split = args.packing and args.packing_strategy == "bfd_split"
     limits = row_options(args) | ({"max_length": None} if split else {})
+    piece = args.max_length if split else None
 
     def lengths(dataset: Dataset) -> np.ndarray:
         found = list_lengths(dataset, "input_ids")
-        return np.minimum(found, args.max_length) if split else found
+        return found if piece is None else np.minimum(found, piece)
 
     collator = CompletionCollator(padding_id(tokenizer), pad_to_multiple_of=args.pad_to_multiple_of)
     return Examples(tokenizer, args, tokenize, COLUMNS, lengths, collator)

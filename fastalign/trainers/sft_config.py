@@ -88,5 +88,10 @@ class SFTConfig(TrainerConfig):
             )
         if (self.packing or self.eval_packing) and self.max_length is None:
             raise ValueError("packing=True needs max_length, the length to pack sequences to; max_length is None")
+        if self.packing and self.packing_strategy == "bfd_split" and self.eval_packing is False:
+            raise ValueError(
+                "packing_strategy='bfd_split' with eval_packing=False: sequences over max_length are cut where they are "
+                "packed, and evaluation would have them whole; accepted is eval_packing=None or True"
+            )
         if not self.dataset_text_field:
             raise ValueError("dataset_text_field='': the name of a column is accepted")

@@ -46,3 +46,5 @@ def test_bad_values_are_refused_by_name(tmp_path):
     for name in ("packing", "eval_packing"):
         with pytest.raises(ValueError, match="packing=True needs max_length"):
             config(tmp_path, max_length=None, **{name: True})
+    with pytest.raises(ValueError, match="'bfd_split' with eval_packing=False"):
+        config(tmp_path, packing=True, packing_strategy="bfd_split", eval_packing=False)

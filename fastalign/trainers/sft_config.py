@@ -90,8 +90,8 @@ class SFTConfig(TrainerConfig):
             raise ValueError("packing=True needs max_length, the length to pack sequences to; max_length is None")
         if self.packing and self.packing_strategy == "bfd_split" and self.eval_packing is False:
             raise ValueError(
-                "packing_strategy='bfd_split' with eval_packing=False: sequences over max_length are cut where they are "
-                "packed, and evaluation would have them whole; accepted is eval_packing=None or True"
+                "packing_strategy='bfd_split' with eval_packing=False: sequences over max_length are cut where they "
+                "are packed, and evaluation would have them whole; accepted is eval_packing=None or True"
             )
         if not self.dataset_text_field:
             raise ValueError("dataset_text_field='': the name of a column is accepted")

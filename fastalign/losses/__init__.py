@@ -1,6 +1,13 @@
 """Losses: pure functions of log-probs and rewards, the same on every device."""
 
-from fastalign.losses.metrics import correlation_metrics, mean_metric, merge_metrics, summarize
+from fastalign.losses.metrics import (
+    correlation_metrics,
+    deviation_metrics,
+    explained_variance_metrics,
+    mean_metric,
+    merge_metrics,
+    summarize,
+)
 from fastalign.losses.pairwise import DPO_LOSSES, DPOLoss, check_dpo_options
 from fastalign.losses.policy import (
     AGGREGATIONS,
@@ -32,8 +39,10 @@ __all__ = [
     "check_policy_options",
     "check_reduction",
     "correlation_metrics",
+    "deviation_metrics",
     "dpo_loss",
     "dpo_metrics",
+    "explained_variance_metrics",
     "kl_estimate",
     "label_loss",
     "mean_metric",

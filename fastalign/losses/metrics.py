@@ -1,12 +1,12 @@
 """Metrics that add up: sums on the device, made into numbers once, when they are logged.
 
-A mean is one `Metric(total, weight)`. A correlation is not a mean, but it is a function of five of them; those travel
-under names that end in `/_x` … `/_xy` and `summarize` turns them into the one number.
+A mean is one `Metric(total, weight)`. A correlation, a standard deviation and an explained variance are not means, but
+functions of some; those travel under names that end in `/_x` … and `summarize` turns them into the one number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from fastalign.types import Metric
 
 _MOMENTS = ("_x", "_y", "_xx", "_yy", "_xy")
+_DEVIATION = ("_m", "_mm")  # means of m, m²
+_EXPLAINED = ("_e", "_ee", "_r", "_rr")  # of what is left, of what is to be explained, and of their squares
 
 
 def mean_metric(values: Tensor) -> Metric:
@@ -35,6 +37,31 @@ def correlation_metrics(name: str, x: Tensor, y: Tensor, mask: Tensor | None = N
     return {f"{name}/{key}": Metric((value * mask).sum(), count) for key, value in zip(_MOMENTS, moments, strict=True)}
 
 
+def deviation_metrics(name: str, x: Tensor, mask: Tensor | None = None) -> dict[str, Metric]:
+    """What `summarize` needs to give the standard deviation (uncorrected) of x under `name`, in float64.
+
+    mask: bool, where x counts; it is finite outside. nan of nothing.
+    """
+    return _means(name, _DEVIATION, x.detach().double(), mask)
+
+
+def explained_variance_metrics(
+    name: str, values: Tensor, returns: Tensor, mask: Tensor | None = None
+) -> dict[str, Metric]:
+    """What `summarize` needs to give 1 − Var(returns − values)/Var(returns) under `name`, in float64.
+
+    1 is a perfect critic, 0 one that knows no more than a constant; nan where returns do not vary.
+    """
+    left, whole = (returns - values).detach().double(), returns.detach().double()
+    return _means(name, _EXPLAINED[:2], left, mask) | _means(name, _EXPLAINED[2:], whole, mask)
+
+
+def _means(name: str, keys: tuple[str, ...], x: Tensor, mask: Tensor | None) -> dict[str, Metric]:
+    weights = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+    moments = (x, x * x)
+    return {f"{name}/{key}": Metric((m * weights).sum(), weights.sum()) for key, m in zip(keys, moments, strict=True)}
+
+
 def merge_metrics(*parts: Mapping[str, Metric]) -> dict[str, Metric]:
     """Metrics of several micro-batches as those of the whole. A name may be missing from some of the parts."""
     merged: dict[str, Metric] = {}
@@ -49,14 +76,32 @@ def summarize(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
 
     A correlation is nan where one of its variables does not vary: a single pair, or responses all of one length.
     """
+    finished: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
+        _MOMENTS[-1]: (_MOMENTS, _correlation), _DEVIATION[-1]: (_DEVIATION, _deviation),
+        _EXPLAINED[-1]: (_EXPLAINED, _explained),
+    }  # fmt: skip
+    hidden = {*_MOMENTS, *_DEVIATION, *_EXPLAINED}
     values: dict[str, Tensor] = {}
     for key, metric in metrics.items():
         name, _, part = key.rpartition("/")
-        if part not in _MOMENTS:
+        if part not in hidden:
             values[key] = metric.value
-        elif part == _MOMENTS[-1]:
-            values[name] = _correlation(*(metrics[f"{name}/{moment}"].value for moment in _MOMENTS))
+        elif part in finished:
+            keys, function = finished[part]
+            values[name] = function(*(metrics[f"{name}/{moment}"].value for moment in keys))
     return values
+
+
+def _deviation(m: Tensor, mm: Tensor) -> Tensor:
+    variance = mm - m * m
+    noise = 8 * torch.finfo(mm.dtype).eps  # what the subtraction leaves of a constant
+    return torch.where(variance <= noise * mm, 0.0, variance).sqrt()
+
+
+def _explained(e: Tensor, ee: Tensor, r: Tensor, rr: Tensor) -> Tensor:
+    left, whole = ee - e * e, rr - r * r
+    varies = whole > 8 * torch.finfo(rr.dtype).eps * rr
+    return torch.where(varies, 1 - left / torch.where(varies, whole, 1.0), torch.nan)
 
 
 def _correlation(x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:

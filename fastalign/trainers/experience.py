@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.losses import RunningMoments, kl_estimate, shape_scores, token_rewards
+from fastalign.losses import (
+    RunningMoments,
+    deviation_metrics,
+    explained_variance_metrics,
+    kl_estimate,
+    shape_scores,
+    token_rewards,
+)
 from fastalign.ops import discounted_returns, gae, group_advantages, whiten
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.types import Metric
-
-Reduce = Callable[[Tensor], Tensor] | None
-"""Sums a tensor over processes; None for one."""
 
 
 class TokenGrid:
@@ -66,14 +70,15 @@ def make_experience(
     values: Tensor | None,
     kl_coef: float,
     moments: RunningMoments | None = None,
-    reduce: Reduce = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
     counts: bool = True,
 ) -> Experience:
     """Scores → KL-shaped token rewards → advantages and returns, by the config.
 
     scores (S,), finished (S,) bool: of the completions, prompt-major, num_generations of each prompt. logps, ref_logps,
     values: (n,) float32, of their tokens. kl_coef: of the rewards, now. moments: running statistics that normalise the
-    scores; they have taken them in. counts: False for a process that only takes part: its metrics have weight 0.
+    scores; they have taken them in. reduce: sums a tensor over processes, for whitening; None for one. counts: False
+    for a process that only takes part: its metrics have weight 0.
 
     Metrics: means over completions of sums over their tokens, beside the fraction that was cut (completions/*) and the
     critic's explained variance, 1 − Var(returns − values)/Var(returns) over tokens.
@@ -93,13 +98,12 @@ def make_experience(
     )  # fmt: skip
     metrics = {
         "objective/scores": _mean(raw),
-        "objective/scores_std": _whole(deviation(raw, torch.ones_like(raw) * counts, reduce), raw),
         "objective/rlhf_reward": _mean(rewards.sum(1)),
         "objective/non_score_reward": _mean(-kl_coef * kl.sum(1)),
         "objective/entropy": _mean(-grid.spread(logps).sum(1)),
         "completions/mean_length": _mean(grid.mask.sum(1).float()),
         "completions/clipped_ratio": _mean((~finished).float()),
-    }
+    } | deviation_metrics("objective/scores_std", raw)
     if args.num_generations > 1:
         group = raw.view(-1, args.num_generations)
         metrics["frac_reward_zero_std"] = _mean((group.amax(1) == group.amin(1)).float())
@@ -114,31 +118,10 @@ def make_experience(
     flat_returns = None if returns is None else grid.gather(returns)
     if flat_returns is not None:
         assert values is not None
-        explained = explained_variance(values, flat_returns, torch.ones_like(values) * counts, reduce)
-        metrics["val/explained_variance"] = _whole(explained, values)
+        metrics |= explained_variance_metrics("val/explained_variance", values, flat_returns)
     if not counts:
         metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
     return Experience(advantages=grid.gather(advantages), returns=flat_returns, metrics=metrics)
-
-
-def deviation(values: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
-    """0-dim: the standard deviation (uncorrected) of values (n,) with weights 0 or 1, over all processes; 0 of none."""
-    return _variance(values, weights, reduce).sqrt()
-
-
-def explained_variance(values: Tensor, returns: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
-    """0-dim: 1 − Var(returns − values)/Var(returns), 1 for a perfect critic; 0 where the returns do not vary."""
-    whole = _variance(returns, weights, reduce)
-    left = _variance(returns - values, weights, reduce)
-    return torch.where(whole > 0, 1 - left / torch.where(whole > 0, whole, 1.0), 0.0)
-
-
-def _variance(values: Tensor, weights: Tensor, reduce: Reduce) -> Tensor:
-    total = reduce or (lambda tensor: tensor)
-    values, weights = values.double(), weights.double()
-    sums = total(torch.stack([weights.sum(), (values * weights).sum()]))
-    count = sums[0].clamp(min=1)
-    return total(((values - sums[1] / count).square() * weights).sum()) / count
 
 
 def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -155,9 +138,3 @@ def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: T
 
 def _mean(values: Tensor) -> Metric:
     return Metric(values.sum(), torch.full_like(values.sum(), values.numel()))
-
-
-def _whole(value: Tensor, like: Tensor) -> Metric:
-    """A figure of the whole phase, weighted by this process's share."""
-    count = torch.full((), len(like), dtype=torch.float32, device=like.device)
-    return Metric(value.float() * count, count)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastalign.losses import RunningMoments
+from fastalign.losses import RunningMoments, deviation_metrics
 from fastalign.models.actor_critic import ActorCritic
 from fastalign.models.inference import inference
 from fastalign.reference import score
 from fastalign.rollouts import Completion, Sampler, sampler_gap, score_completions
 from fastalign.trainers.batches import Batch, split_batch
 from fastalign.trainers.config import by_device
-from fastalign.trainers.experience import Experience, deviation, make_experience
+from fastalign.trainers.experience import Experience, make_experience
 from fastalign.trainers.ppo_config import DEFAULT_ROLLOUT_BATCH_TOKENS, PPOConfig
 from fastalign.trainers.reward_functions import Rewards, Samples, token_sequences
 from fastalign.types import Metric
@@ -185,13 +185,12 @@ class Collector:
         """rewards/{name}/{mean,std} of each of several rewards, unweighted, over the completions it applies to."""
         if len(each) == 1:
             return {}
-        metrics = {}
+        metrics: dict[str, Metric] = {}
         for name, values in each.items():
-            applies = torch.from_numpy(~np.isnan(values) * counts).to(self.args.device).float()
+            applies = torch.from_numpy(~np.isnan(values) * counts).to(self.args.device)
             found = torch.from_numpy(np.nan_to_num(values)).to(self.args.device)
-            number, spread = applies.sum(), deviation(found, applies, self.reduce).float()
-            metrics[f"rewards/{name}/mean"] = Metric((found * applies).sum(), number)
-            metrics[f"rewards/{name}/std"] = Metric(spread * number, number)
+            metrics[f"rewards/{name}/mean"] = Metric((found * applies).sum(), applies.sum().float())
+            metrics |= deviation_metrics(f"rewards/{name}/std", found, applies)
         return metrics
 
     def _sampler_metrics(

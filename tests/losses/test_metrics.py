@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fastalign.losses import correlation_metrics, mean_metric, merge_metrics, summarize
+from fastalign.losses import (
+    correlation_metrics,
+    deviation_metrics,
+    explained_variance_metrics,
+    mean_metric,
+    merge_metrics,
+    summarize,
+)
 
 
 def test_mean_is_detached_and_keeps_the_dtype():
@@ -68,3 +75,33 @@ def test_merge_weighs_by_count_and_takes_names_missing_from_a_part():
 def test_summarize_of_nothing():
     assert summarize({}) == {}
     assert summarize(merge_metrics()) == {}
+
+
+@given(
+    seed=st.integers(0, 1000), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(lambda s: sum(s) > 1)
+)
+def test_deviation_and_explained_variance_of_the_parts_are_those_of_the_whole(seed, sizes):
+    rng = np.random.default_rng(seed)
+    returns = rng.normal(size=sum(sizes)) + 1000
+    values = returns + rng.normal(size=sum(sizes)) + 7
+    cuts = np.cumsum(sizes)[:-1]
+    parts = [
+        deviation_metrics("s", torch.from_numpy(r))
+        | explained_variance_metrics("e", torch.from_numpy(v), torch.from_numpy(r))
+        for v, r in zip(np.split(values, cuts), np.split(returns, cuts), strict=True)
+    ]
+    found = summarize(merge_metrics(*parts))
+    assert found.keys() == {"s", "e"}
+    assert float(found["s"]) == pytest.approx(returns.std(), rel=1e-4)
+    assert float(found["e"]) == pytest.approx(1 - (returns - values).var() / returns.var(), rel=1e-4, abs=1e-4)
+
+
+def test_what_is_masked_does_not_count_and_a_constant_has_no_deviation():
+    x, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])
+    assert float(summarize(deviation_metrics("s", x, mask))["s"]) == 1.0
+    assert float(summarize(deviation_metrics("s", torch.full((5,), 0.1)))["s"]) == 0.0
+    assert summarize(deviation_metrics("s", x[:0]))["s"].isnan()
+    values = torch.tensor([2.0, 4.0, 0.0])
+    assert float(summarize(explained_variance_metrics("e", values, x, mask))["e"]) == pytest.approx(1.0)
+    assert float(summarize(explained_variance_metrics("e", torch.zeros(3), x))["e"]) == pytest.approx(0.0)
+    assert summarize(explained_variance_metrics("e", x, torch.full((3,), 0.1)))["e"].isnan()

@@ -9,6 +9,7 @@ import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fastalign.rollouts import Completion, SamplingOptions
 from fastalign.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -44,11 +45,33 @@ def wished_token(completion_ids, **columns) -> list[float]:
     return [sum(token == 5 for token in ids) - 0.05 * len(ids) for ids in completion_ids]
 
 
+class FixedAnswers:
+    """A sampler whose completions follow from the prompts alone, so that it does not matter which process asks."""
+
+    def __init__(self, response_length: int) -> None:
+        self.options = SamplingOptions(max_new_tokens=response_length)
+
+    def sync(self, model) -> None:
+        pass
+
+    def generate(self, prompts, *, num_samples=1, seed):
+        found = []
+        for prompt in prompts:
+            for sample in range(num_samples):
+                rng = np.random.default_rng([*prompt, sample])
+                ids = rng.integers(3, 9, rng.integers(1, self.options.max_new_tokens)).tolist()
+                finished = bool(rng.random() < 0.5)
+                found.append(Completion([*ids, 1] if finished else ids, finished))
+        return found
+
+
 class Kit:
     """What the tests of this folder build with; everything is written below `folder`."""
 
     def __init__(self, folder: Path, tokenizer) -> None:
         self.folder, self.tokenizer = folder, tokenizer
+
+    fixed_answers = FixedAnswers
 
     @staticmethod
     def model(seed: int = 0, kind=tf.LlamaForCausalLM, config=tf.LlamaConfig, **sizes):

@@ -87,7 +87,8 @@ class TrainingCommand:
         except OSError as error:
             if error.errno is not None:  # a full disk, say
                 raise
-            names = [name for setting in self.models if (name := getattr(config, setting))]
+            given = [getattr(config, setting) for setting in self.models]
+            names = [name for value in given for name in (value if isinstance(value, list) else [value]) if name]
             # transformers' word for a model that is not there
             raise UsageError(f"cannot load {' or '.join(names)}: {' '.join(str(error).split())}") from error
 
@@ -149,6 +150,6 @@ def _last_evaluation(trainer: FusedTrainer) -> dict[str, Any] | None:
     if isinstance(trainer.eval_dataset, dict):
         return None
     for entry in reversed(trainer.state.log_history):
-        if entry.get("step") == trainer.state.global_step and "eval_loss" in entry:
+        if entry.get("step") == trainer.state.global_step and "eval_runtime" in entry:
             return entry
     return None

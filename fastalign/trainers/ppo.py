@@ -195,7 +195,7 @@ class PPOTrainer(PassesTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Scores, KL and lengths of completions sampled from the policy for the evaluation prompts."""
+        """Scores, with their standard error, KL and lengths of completions sampled for the evaluation prompts."""
         own = (
             isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
         )
@@ -230,8 +230,10 @@ class PPOTrainer(PassesTrainer):
         values, _ = self._eval_meter.values(self._sum_over_processes)
         self._eval_meter.clear()
         self._clock = None  # time spent here is not training time
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         number = int(self._sum_over_processes(count))
+        if number > 1:
+            values["objective/scores_se"] = values["objective/scores_std"] / math.sqrt(number - 1)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
 
     # ---- logging

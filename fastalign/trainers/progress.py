@@ -1,4 +1,4 @@
-"""The progress bar: loss, margin, accuracy and tokens/s beside the step and the time left."""
+"""The progress bar: loss, margin, accuracy, score, KL and tokens/s beside the step and the time left."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ _SHOWN = {
     "margin": (("rewards/margins", "margin"), "{:.3f}"),
     "accuracy": (("rewards/accuracies", "accuracy", "mean_token_accuracy"), "{:.3f}"),
     "correlation": (("label_correlation",), "{:.3f}"),
+    "score": (("objective/scores",), "{:.3f}"),
+    "KL": (("objective/kl",), "{:.3f}"),
     "tokens/s": (("tokens_per_second",), "{:,.0f}"),
 }
+_ALWAYS = ("loss", "objective/scores")  # one of them is in every evaluation: PPO's has no loss
 
 
 class MetricsProgress(ProgressCallback):
@@ -42,10 +45,10 @@ class MetricsProgress(ProgressCallback):
 
 
 def evaluation_line(step: int, logs: dict[str, Any]) -> str:
-    """One line of an evaluation: loss, accuracy, margin, with their standard errors where they are known."""
-    prefix = next(name for name in logs if name.endswith("_loss")).removesuffix("loss")
+    """One line of an evaluation: loss, accuracy, ..., with their standard errors where they are known."""
+    prefix = next(name.removesuffix(end) for name in logs for end in _ALWAYS if name.endswith(f"_{end}"))
     found = []
-    for label in ("loss", "accuracy", "margin", "correlation"):
+    for label in ("loss", "accuracy", "margin", "correlation", "score", "KL"):
         if (name := _first([f"{prefix}{name}" for name in _SHOWN[label][0]], logs)) is not None:
             error = logs.get(f"{name}_se")
             found.append(f"{label} {logs[name]:.4f}" + ("" if error is None else f" ± {error:.4f}"))

@@ -166,6 +166,27 @@ def test_evaluation_is_repeatable_and_by_name(kit):
     assert own["eval_objective/scores"] == later["eval_a_objective/scores"]
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_evaluation_does_not_depend_on_its_batches(kit, size):
+    """Where completions do not: every completion counts once, deviation and standard error included."""
+    trainer = kit.ppo(
+        sampler=kit.fixed_answers(6), evaluation=kit.prompts(7, seed=3), per_device_eval_batch_size=size,
+        num_generations=2, reward=[wished, wished], reward_weights=[1.0, 1.0],
+    )  # fmt: skip
+    got = trainer.evaluate()
+    answers = kit.fixed_answers(6).generate(trainer.eval_dataset.dataset["prompt_ids"], num_samples=2, seed=0)
+    scores = 2 * np.array([wished([answer.ids])[0] for answer in answers])
+    assert got["eval_objective/scores"] == pytest.approx(scores.mean(), rel=1e-5)
+    assert got["eval_objective/scores_std"] == pytest.approx(scores.std(), rel=1e-5)
+    assert got["eval_objective/scores_se"] == pytest.approx(scores.std(ddof=1) / math.sqrt(14), rel=1e-5)
+    assert got["eval_rewards/wished_2/std"] == pytest.approx(scores.std() / 2, rel=1e-5)
+    assert got["eval_completions/mean_length"] == pytest.approx(np.mean([len(answer.ids) for answer in answers]))
+
+
+def wished(completion_ids):
+    return [ids.count(5) - 0.05 * len(ids) for ids in completion_ids]
+
+
 def test_the_sampler_gets_the_weights_before_it_samples(kit):
     """In every phase and every evaluation: an engine of its own has others until then."""
     trainer = kit.ppo(evaluation=kit.prompts(4, seed=3), max_steps=2)

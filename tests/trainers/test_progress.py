@@ -49,3 +49,15 @@ def test_reward_models_show_their_own_names():
     }
     assert evaluation_line(3, logs) == ("eval at step 3: loss 0.5000 ± 0.1250, accuracy 0.7500 ± 0.2500, margin 1.0000")
     assert evaluation_line(3, {"eval_loss": 0.5, "eval_label_correlation": 0.25}).endswith("correlation 0.2500")
+
+
+def test_a_policy_is_evaluated_by_its_score(kit, capsys):
+    trainer = kit.ppo(evaluation=kit.prompts(4, seed=3), disable_tqdm=False, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    err = capsys.readouterr().err
+    last = [entry for entry in trainer.state.log_history if "eval_objective/scores" in entry][-1]
+    score, error, kl = (last[f"eval_objective/{name}"] for name in ("scores", "scores_se", "kl"))
+    assert f"eval at step 3: score {score:.4f} ± {error:.4f}, KL {kl:.4f}" in err
+    (line,) = [line for line in err.splitlines() if "step 3/3" in line and "loss" in line]
+    assert "score " in line
+    assert "KL " in line

@@ -15,8 +15,8 @@ from fastalign.trainers import RewardConfig, RewardTrainer
 
 torch.set_num_threads(1)
 CURVE = Path(__file__).parent / "golden" / "trl_reward_curve.json"
-# absolute tolerances, on rewards of about 1 in float32 after up to 25 steps of Adam
-TOLERANCES = {
+# absolute, on rewards of about 1 in float32; one machine gives 1e-6
+TOLERANCES = dict.fromkeys(("loss", "margin", "min_reward", "mean_reward", "max_reward"), 5e-5) | {"num_tokens": 0}
     "loss": 2e-4,
     "margin": 3e-4,
     "min_reward": 3e-4,

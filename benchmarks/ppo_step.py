@@ -234,13 +234,13 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
     device = arguments.device
-    shapes = {"qwen-like": CPU["qwen-like"]} if device == "cpu" else {"qwen3-8b": CUDA["qwen3-8b"]}
-    shapes["narrow"] = NARROW[device]
+    shapes = (CPU if device == "cpu" else CUDA) | {"narrow": NARROW[device]}
+    standard = ["qwen-like" if device == "cpu" else "qwen3-8b", "narrow"]
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
     runs: list[Callable[[], list[dict[str, Any]]]] = []
     if "gae" in arguments.tasks:
         runs.append(lambda: scans.run(device, arguments.rounds, arguments.clock))
-    for name in arguments.shapes or shapes:
+    for name in arguments.shapes or standard:
         given = shapes[name], device, dtype, arguments.rounds, arguments.clock
         if "update" in arguments.tasks:
             runs.append(lambda given=given: update(*given, not arguments.no_memory))

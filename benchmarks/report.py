@@ -86,35 +86,46 @@ def step_table(path: Path) -> list[str]:
     ]
 
 
+def clock_of(rows: list[Row]) -> str:
+    """What the times of a table are, where they are not those of an undisturbed clock on the wall."""
+    busy = max(float(row["cores_of_others"] or 0) for row in rows)
+    if all(row["clock"] == "wall" for row in rows):
+        return "" if busy < 0.3 else f"; other processes kept {busy:.1f} cores busy"
+    return f"; CPU time, because other processes kept {busy:.1f} cores busy"
+
+
+def update_lines(rows: list[Row]) -> list[str]:
+    """Table of one shape."""
+    body = []
+    for row in rows:
+        failed = f" (failed: {row['error'][:60]})" if row["error"] else ""
+        figures = number(row["over_naive"]), number(row["over_all_live"]), number(row["beside_gradients_mib"], 0)
+        body.append((f"{float(row['live_share']):.0%}", row["provider"] + failed, *figures))
+    sizes = f"{sizes_of(rows[0]['shape'])}** (tokens × hidden × vocabulary, {rows[0]['dtype']}{clock_of(rows)})"
+    head = ("tokens with a gradient", "provider", "time ÷ naive", "time ÷ all with one", "MiB beside gradients")
+    return ["", f"**The head of a PPO update, {sizes}", "", *table(head, body)]
+
+
 def ppo_tables(path: Path) -> list[str]:
     rows = newest(path, ("task", "shape", "dtype", "live", "provider"))
+    of_task = {task: [row for row in rows if row["task"] == task] for task in ("update", "live", "gae")}
     lines: list[str] = []
-    updates = [row for row in rows if row["task"] == "update"]
-    for shape in dict.fromkeys(row["shape"] for row in updates):
-        body = []
-        for row in (row for row in updates if row["shape"] == shape):
-            failed = f" (failed: {row['error'][:60]})" if row["error"] else ""
-            figures = number(row["over_naive"]), number(row["over_all_live"]), number(row["beside_gradients_mib"], 0)
-            body.append((f"{float(row['live_share']):.0%}", row["provider"] + failed, *figures))
-        lines += [
-            "",
-            f"**The head in a PPO update, {sizes_of(shape)}** (tokens × hidden × vocabulary, {updates[0]['dtype']})",
-            "",
+    for shape in dict.fromkeys(row["shape"] for row in of_task["update"]):
+        lines += update_lines([row for row in of_task["update"] if row["shape"] == shape])
+    if of_task["update"]:
+        lines += ["", "The other tokens are clipped or have no advantage. Without entropy: ÷ naive without it."]
+    for shape, provider in dict.fromkeys((row["shape"], row["provider"]) for row in of_task["live"]):
+        found = [row for row in of_task["live"] if (row["shape"], row["provider"]) == (shape, provider)]
+        said = ", ".join(f"{float(row['live_share']):.0%} {number(row['over_all_live'])}" for row in found[1:])
+        where = f"{sizes_of(shape)}, {provider.removeprefix('fastalign ')}{clock_of(found)}"
+        lines += ["", f"Time by share of tokens with a gradient ÷ that of all ({where}): {said}."]
+    for shape in dict.fromkeys(row["shape"] for row in of_task["gae"]):
+        found = [row for row in of_task["gae"] if row["shape"] == shape]
+        body = [
+            (sizes_of(shape), row["provider"], number(str(1e3 * float(row["seconds"])), 1), number(row["over_scan"]))
+            for row in found
         ]
-        head = ("tokens with a gradient", "provider", "time ÷ naive", "time ÷ all with one", "MiB beside gradients")
-        lines += table(head, body)
-    if updates:
-        lines += [
-            "",
-            "The other tokens are clipped or have no advantage. Without entropy: ÷ naive without it.",
-        ]
-    scans = [row for row in rows if row["task"] == "gae"]
-    for shape in dict.fromkeys(row["shape"] for row in scans):
-        body = []
-        for row in (row for row in scans if row["shape"] == shape):
-            milliseconds = 1e3 * float(row["seconds"])
-            body.append((sizes_of(shape), row["provider"], f"{milliseconds:.1f}", number(row["over_scan"], 3)))
-        lines += ["", "**Generalised advantage estimation** (float32)", ""]
+        lines += ["", f"**Generalised advantage estimation** (float32{clock_of(found)})", ""]
         lines += table(("sequences × tokens", "provider", "ms", "time ÷ log-step scan"), body)
     return lines
 

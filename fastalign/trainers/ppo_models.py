@@ -232,11 +232,10 @@ def build_actor_critic(
         critic = _named_scalar(policy_source, args, dtype="float32")
     else:
         critic = scalar_model_from(policy)
-    if not isinstance(critic, PeftModel):
-        critic.requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in critic.parameters()):
+        critic.requires_grad_(True)  # a reward model, which was frozen to score
     upcast_trainable(critic)
     set_reward_normalization(critic, None)  # of a reward model's scores: values are of shaped rewards
-    check_trainable(critic)
     if args.disable_dropout:
         disable_dropout(critic)
     return ActorCritic(policy, critic.to(args.device))

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--freeze_backbone", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--save", help="keep the reward model in this folder")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -72,10 +73,13 @@ def main() -> None:
         trainer.train()
         seconds = time.perf_counter() - start
         tokens = trainer.state.log_history[-2].get("num_tokens")
+        if options.save:
+            trainer.save_model(options.save)
         seen, after = trainer.evaluate(train, metric_key_prefix="train"), trainer.evaluate()
     kept = ("loss", "accuracy", "margin", "loss_se", "accuracy_se", "margin_se", "length/reward_correlation")
     figures = {
-        "options": vars(options) | {"data": options.data.rsplit("/", 1)[-1], "model": options.model.rsplit("/", 1)[-1]},
+        "options": vars(options)
+        | {"data": options.data.rsplit("/", 1)[-1], "model": options.model.rsplit("/", 1)[-1], "save": None},
         "provenance": {"commit": commit(), "versions": versions(), "device": device_name("cpu")},
         "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
         "seconds": round(seconds, 1), "tokens": tokens,

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from fastalign.ops.linear_loss import linear_loss
     from fastalign.ops.sequences import sequence_logps
     from fastalign.reference import ReferenceCache
-    from fastalign.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+    from fastalign.trainers import (
+        DPOConfig,
+        DPOTrainer,
+        PPOConfig,
+        PPOTrainer,
+        RewardConfig,
+        RewardTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
     from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
     __version__: str
@@ -27,6 +36,8 @@ __all__ = [
     "LinearLogps",
     "LossOutput",
     "Metric",
+    "PPOConfig",
+    "PPOTrainer",
     "ReferenceCache",
     "RewardConfig",
     "RewardTrainer",
@@ -50,7 +61,10 @@ _HOMES = {
     "fastalign.ops.linear_loss": ["linear_loss"],
     "fastalign.ops.sequences": ["sequence_logps"],
     "fastalign.reference": ["ReferenceCache"],
-    "fastalign.trainers": ["DPOConfig", "DPOTrainer", "RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"],
+    "fastalign.trainers": [
+        *("DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer"),
+        *("RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"),
+    ],
     "fastalign.types": ["IGNORE_INDEX", "LinearLogps", "LossOutput", "Metric"],
 }
 _SUBPACKAGES = ["losses", "ops"]

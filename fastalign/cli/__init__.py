@@ -14,10 +14,11 @@ import traceback
 from fastalign.cli.flags import Failure, UsageError, suggestion
 
 COMMANDS = {
-    "demo": "train a tiny model on a built-in language and compare DPO with length-penalised DPO",
+    "demo": "train a tiny model on a built-in language: SFT, DPO, length-penalised DPO, a reward model, PPO",
     "sft": "fine-tune a model on text, conversations, or completions of prompts",
     "reward": "train a reward model on comparisons, rankings or labels",
     "dpo": "train a policy on preference pairs",
+    "ppo": "train a policy on its own completions, scored by reward models or functions",
     "cache": "build, inspect or verify a cache of reference log-probs",
     "env": "print versions, devices and backends, and why one is unavailable",
 }

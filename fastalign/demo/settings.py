@@ -34,12 +34,12 @@ class DemoSettings:
     learning_rate: float = _setting(2e-3, "Peak learning rate of DPO and R-DPO.")
     batch_size: int = _setting(32, "Examples, or pairs, of one optimizer step.")
 
-    ranked_questions: int = _setting(10240, "Questions with four answers each that the annotators rank.")
+    ranked_questions: int = _setting(12288, "Questions with four answers each that the annotators rank.")
     reward_learning_rate: float = _setting(3e-3, "Peak learning rate of the reward model.")
     ppo_steps: int = _setting(30, "Phases of PPO, each with its rollouts and updates.")
     ppo_batch_size: int = _setting(256, "Answers that PPO samples in a phase.")
     ppo_learning_rate: float = _setting(1e-3, "Peak learning rate of PPO.")
-    target_kl: float = _setting(2.0, "KL(policy ‖ SFT) of an answer, in nats, that PPO's controller holds.")
+    target_kl: float = _setting(3.0, "KL(policy ‖ SFT) of an answer, in nats, that PPO's controller holds.")
 
     questions: int = _setting(1024, "Questions that each model answers at the end.")
     curve_questions: int = _setting(256, "Questions answered at each point of the training curves.")

@@ -92,11 +92,17 @@ class ActorCritic(nn.Module):
 
     # ---- the critic on disk: the policy is saved as transformers saves it
 
+    def critic_folder(self, folder: str | Path) -> Path:
+        """Where in a policy's folder its critic is. An adapter lies one folder deeper: transformers takes an adapter in
+        a folder beside a policy's for another one of the policy."""
+        inner = Path(folder) / CRITIC_FOLDER
+        return inner / "adapter" if isinstance(self.critic, PeftModel) else inner
+
     def save_critic(self, folder: str | Path) -> None:
-        """Beside the policy: a model folder critic/, or one file with the value head."""
+        """Beside the policy: a model in critic/, an adapter in critic/adapter/, or one file with the value head."""
         if self.critic is not None:
             base: Any = self.critic
-            base.save_pretrained(str(Path(folder) / CRITIC_FOLDER))
+            base.save_pretrained(str(self.critic_folder(folder)))
         if self.value_head is not None:
             state = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
             save_file(state, str(Path(folder) / VALUE_HEAD_FILE))

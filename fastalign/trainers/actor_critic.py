@@ -109,7 +109,7 @@ class ActorCriticTrainer(FusedTrainer):
     def _load_critic(self, folder: Path) -> None:
         both = self.actor_critic
         if both.critic is not None:
-            Trainer._load_from_checkpoint(self, str(folder / CRITIC_FOLDER), both.critic)
+            Trainer._load_from_checkpoint(self, str(both.critic_folder(folder)), both.critic)
         if both.value_head is not None:
             both.load_value_head(folder)
 

@@ -61,7 +61,8 @@ class PPOTrainer(PassesTrainer):
             Default: args.dataset_name and its splits.
         value_model: the critic, for advantage_estimator="gae"; see PPOConfig.value_model_path.
         callbacks, optimizers, quantization_config, peft_config: as in DPOTrainer.
-        reward_processing_class: tokenizer of a reward model given in memory, or a list; default the policy's.
+        reward_processing_class: tokenizer of reward models given in memory, or a list as long as the rewards, with None
+            where it is the policy's; default the policy's.
         sampler: a `rollouts.Sampler`; default transformers' generation, or vLLM by args.use_vllm.
 
     Attributes: collector, which samples and scores; run, the controllers and statistics; data_reports.

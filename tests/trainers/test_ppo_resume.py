@@ -5,8 +5,10 @@ import random
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+
+from fastalign.models.actor_critic import scalar_model_from
 
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.2, "task_type": "CAUSAL_LM"}
 TIMES = {"eps", "tokens_per_second"}
@@ -14,6 +16,7 @@ VARIANTS = {
     "critic": {"critic_learning_rate": 0.01, "critic_warmup_steps": 2, "whiten_rewards": True},
     "value head": {"value_head": True, "vf_coef": 0.5},
     "adapter": {"lora": True, "learning_rate": 0.02},
+    "adapters": {"lora": True, "critic_lora": True, "learning_rate": 0.02},
     "controllers": {
         "kl_controller": "adaptive", "target_kl": 0.5, "kl_horizon": 20, "normalize_scores": True, "score_clip": 2.0,
         "policy_loss": "penalty", "penalty_target": 0.002,
@@ -22,7 +25,15 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def make(kit, *, lora=False, folder="out", **settings):
+def adapted_critic(kit):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    torch.manual_seed(5)
+    return get_peft_model(scalar_model_from(kit.model(seed=2)), config)
+
+
+def make(kit, *, lora=False, critic_lora=False, folder="out", **settings):
+    if critic_lora:
+        settings["value_model"] = adapted_critic(kit)
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"} | settings
     return kit.ppo(
         kit.model(initializer_range=0.05), train=kit.prompts(19), evaluation=kit.prompts(3, seed=3),
@@ -65,6 +76,9 @@ def test_resumed_is_uninterrupted(kit, name):
     assert_equal(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
     assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
     assert resumed.run_state() == whole.run_state()
+    if name == "adapters":
+        assert list(resumed.actor_critic.policy.peft_config) == ["default"]  # the critic's is none of the policy's
+        assert {n.split(".")[0] for n in kit.weights(resumed)} == {"policy", "critic"}
     assert resumed.run.episodes == (38 if name == "group" else 35)  # 19 prompts: the last phase of an epoch is smaller
     for file in ("fastalign_state.json", "trainer_state.json"):
         one, other = (json.loads((kit.folder / f / "checkpoint-5" / file).read_text()) for f in ("out", "again"))

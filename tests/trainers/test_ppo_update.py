@@ -129,7 +129,9 @@ def test_fused_is_unfused(kit, settings, critic):
     compared = 0
     for name, ours in NAMES.items():
         if name in metrics and ours in output.metrics:
-            assert float(output.metrics[ours].value) == pytest.approx(float(metrics[name].value), rel=1e-6), name
+            assert float(output.metrics[ours].value) == pytest.approx(float(metrics[name].value), rel=1e-6, abs=1e-7), (
+                name
+            )
             compared += 1
     assert compared >= (9 if args.policy_loss == "penalty" else 10)
     assert 0 < float(output.metrics["policy/clipfrac_avg"].value) < 1  # the batch is on all sides of the clip

@@ -72,12 +72,18 @@ Name = TypeVar("Name")
 
 
 def interleaved(
-    providers: Mapping[Name, Callable[[], Any]], *, rounds: int, device: str = "cpu", clock: str = "wall"
+    providers: Mapping[Name, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    clock: str = "wall",
+    quiet: Quiet | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds per call of each provider: `rounds` rounds over all of them, in a fresh order each, after one warm-up.
 
     clock: "wall", or "cpu", the time of all threads of this process, for a machine that others keep busy. Set
         OMP_WAIT_POLICY=passive then: threads that spin while they wait take time too.
+    quiet: where given, calls wait for the other processes, and are repeated where those came back.
     """
     for call in providers.values():
         call()
@@ -87,12 +93,17 @@ def interleaved(
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
-            gc.collect()
-            synchronize(device)
-            start = CLOCKS[clock]()
-            providers[name]()
-            synchronize(device)
-            times[name].append(CLOCKS[clock]() - start)
+            while True:
+                gc.collect()
+                synchronize(device)
+                others = None if quiet is None else quiet.wait()
+                start = CLOCKS[clock]()
+                providers[name]()
+                synchronize(device)
+                seconds = CLOCKS[clock]() - start
+                if quiet is None or others is None or (others() or 0) <= quiet.cores:
+                    break
+            times[name].append(seconds)
     return times
 
 
@@ -130,6 +141,23 @@ def cores_of_others() -> Callable[[], float | None]:
         return lambda: None
     before, start = busy(), time.perf_counter()
     return lambda: max(0.0, busy() - before) / (time.perf_counter() - start)
+
+
+class Quiet:
+    """Other processes may keep at most `cores` cores busy beside a measured call; so many seconds are waited for that."""
+
+    def __init__(self, patience: float, cores: float = 0.15) -> None:
+        self.deadline, self.cores = time.monotonic() + patience, cores
+
+    def wait(self) -> Callable[[], float | None]:
+        """Returns once the machine is quiet; the result tells how quiet it stayed."""
+        while True:
+            others = cores_of_others()
+            time.sleep(1)
+            if (others() or 0) <= self.cores:
+                return cores_of_others()
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(f"other processes kept more than {self.cores} cores busy all the time")
 
 
 def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str, out: Any) -> None:

@@ -1,7 +1,7 @@
 """A PPO update's head, and GAE, against their peers: time as ratios in one run, peak memory in processes of their own.
 
     python benchmarks/ppo_step.py [--shapes qwen-like …] [--tasks update …] [--device cpu|cuda] [--rounds 5]
-    [--clock wall|cpu] [--no-memory] [--no-save]
+    [--clock wall|cpu] [--patience 600] [--no-memory] [--no-save]
 
 Tasks:
     update   hidden states → log-probs, mean entropy, clipped loss, gradients of hidden and weight. `live` is the share
@@ -151,9 +151,7 @@ def difference(inputs: Inputs, loss: Tensor, expected: list[Tensor]) -> float:
     return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)) for a, b in pairs)
 
 
-def update(
-    shape: Shape, device: str, dtype: torch.dtype, rounds: int, clock: str, memory: bool
-) -> list[dict[str, Any]]:
+def update(shape: Shape, device: str, dtype: torch.dtype, timing: dict[str, Any], memory: bool) -> list[dict[str, Any]]:
     """Ours at every share of LIVE, the others with a gradient for all tokens: they do not ask which have one."""
     inputs, calls, rows = Inputs(shape, device, dtype), {}, []
     for live in LIVE:
@@ -173,7 +171,7 @@ def update(
             rows.append(row)
         del expected
     calls["gemm", 1.0] = harness.canary(device, dtype)
-    spread = harness.interleaved(calls, rounds=rounds, device=device, clock=clock)
+    spread = harness.interleaved(calls, device=device, **timing)
     times = {key: harness.median(seconds) for key, seconds in spread.items()}
     rate = 2 * 2048**3 / times["gemm", 1.0]
     inputs.clear()
@@ -196,7 +194,7 @@ def update(
     return [{"task": "update", "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")} | row for row in rows]
 
 
-def live_shares(shape: Shape, device: str, dtype: torch.dtype, rounds: int, clock: str) -> list[dict[str, Any]]:
+def live_shares(shape: Shape, device: str, dtype: torch.dtype, timing: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours alone, with an advantage on a random share of the tokens, and no other reason to be left out."""
     inputs = Inputs(shape, device, dtype)
     order = torch.rand(inputs.targets.shape, device=device, generator=torch.Generator(device).manual_seed(1))
@@ -210,7 +208,7 @@ def live_shares(shape: Shape, device: str, dtype: torch.dtype, rounds: int, cloc
                 ours(inputs, inputs.old_logps, advantages, schedule, True).backward()
 
             calls[f"fastalign {schedule}", live] = call
-    times = harness.interleaved(calls, rounds=rounds, device=device, clock=clock)
+    times = harness.interleaved(calls, device=device, **timing)
     common = {"task": "live", "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
     return [
         common | {
@@ -230,6 +228,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=list(harness.CLOCKS), help="see harness.interleaved")
+    parser.add_argument("--patience", type=float, help="seconds to wait for a machine that others leave alone")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
@@ -237,11 +236,13 @@ def main() -> None:
     shapes = (CPU if device == "cpu" else CUDA) | {"narrow": NARROW[device]}
     standard = ["qwen-like" if device == "cpu" else "qwen3-8b", "narrow"]
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    quiet = None if arguments.patience is None else harness.Quiet(arguments.patience)
+    timing = {"rounds": arguments.rounds, "clock": arguments.clock, "quiet": quiet}
     runs: list[Callable[[], list[dict[str, Any]]]] = []
     if "gae" in arguments.tasks:
-        runs.append(lambda: scans.run(device, arguments.rounds, arguments.clock))
+        runs.append(lambda: scans.run(device, timing))
     for name in arguments.shapes or standard:
-        given = shapes[name], device, dtype, arguments.rounds, arguments.clock
+        given = shapes[name], device, dtype, timing
         if "update" in arguments.tasks:
             runs.append(lambda given=given: update(*given, not arguments.no_memory))
         if "live" in arguments.tasks:
@@ -249,7 +250,7 @@ def main() -> None:
     for run in runs:
         others = harness.cores_of_others()
         rows = run()
-        beside = {"clock": arguments.clock, "cores_of_others": others()}
+        beside = {"clock": arguments.clock, "cores_of_others": others() if quiet is None else quiet.cores}
         rows = [row | beside for row in rows]
         for row in rows:
             harness.say(**row)

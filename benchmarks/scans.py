@@ -65,7 +65,7 @@ GAE: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def run(device: str, rounds: int, clock: str, B: int = 512, T: int = 2048) -> list[dict[str, Any]]:
+def run(device: str, timing: dict[str, Any], B: int = 512, T: int = 2048) -> list[dict[str, Any]]:
     g = torch.Generator(device).manual_seed(0)
     rewards, values = torch.randn(2, B, T, device=device, generator=g)
     lengths = torch.randint(T // 2, T + 1, (B, 1), device=device, generator=g)
@@ -75,7 +75,7 @@ def run(device: str, rounds: int, clock: str, B: int = 512, T: int = 2048) -> li
         for mine, true in zip(provider(*given), expected, strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     calls = {name: lambda provider=provider: provider(*given) for name, provider in GAE.items()}
-    times = harness.interleaved(calls, rounds=rounds, device=device, clock=clock)
+    times = harness.interleaved(calls, device=device, **timing)
     scan = harness.median(times["torch log-step scan"])
     rows = []
     for name, seconds in times.items():

@@ -77,6 +77,11 @@ class ActorCriticTrainer(FusedTrainer):
         if self.args.should_save:
             self.actor_critic.save_critic(folder)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, of the policy."""
+        with self._as_model(self.actor_critic.policy):
+            super().create_model_card(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if not (folder / STATE_FILE).is_file():

@@ -71,7 +71,7 @@ class PPOTrainer(PassesTrainer):
     """
 
     args: PPOConfig
-    columns = ("prompt_ids", "columns")
+    columns = ("prompt_ids",)
 
     def __init__(
         self,
@@ -136,6 +136,8 @@ class PPOTrainer(PassesTrainer):
         self._phase_tokens = 0
         self._timed = (0, 0.0)  # episodes and seconds since the last log
         self._warn = Warner()
+        dtypes = {parameter.dtype for parameter in policy.parameters()} | {autocast_dtype(args)}
+        self._narrow = bool(dtypes & {torch.bfloat16, torch.float16})
 
     def _digest(self) -> str | None:
         """Of the reference, so that a run is not resumed against another one."""
@@ -176,9 +178,9 @@ class PPOTrainer(PassesTrainer):
         processes = torch.full_like(cut.weight, self.accelerator.num_processes)
         self._train_meter.update({"val/num_eos_tokens": Metric(cut.weight - cut.total, 1 / processes)})  # of a phase
         self._timed = (self._timed[0] + episodes, self._timed[1] + time.perf_counter() - start)
-        narrow = autocast_dtype(self.args) is not None or self.args.dtype in ("bfloat16", "float16")
-        found = phase_warnings(values, target_kl=self.args.target_kl, narrow=narrow, completions=episodes)
-        self._warn(found, self.state.global_step + 1)
+        if self.is_world_process_zero():
+            found = phase_warnings(values, target_kl=self.args.target_kl, narrow=self._narrow, completions=episodes)
+            self._warn(found, self.state.global_step + 1)
         return output.loss
 
     def _optimizer_mode(self, mode: str) -> None:
@@ -275,8 +277,11 @@ def _trainer_args(args: PPOConfig, train: PromptSet | None) -> PPOConfig:
     steps, args = args.max_steps, copy.copy(args)
     if args.total_episodes is not None and train is not None:
         prompts = args.prompts_per_phase * args.world_size
-        passes, rest = divmod(math.ceil(args.total_episodes / args.num_generations), len(train))
+        wanted = math.ceil(args.total_episodes / args.num_generations)
+        passes, rest = divmod(wanted, len(train))
         steps = passes * math.ceil(len(train) / prompts) + math.ceil(rest / prompts)  # an epoch's last phase is smaller
+        if args.dataloader_drop_last:
+            steps = math.ceil(wanted / prompts)
     args.max_steps = steps
     args.per_device_train_batch_size, args.gradient_accumulation_steps = args.mini_batch_size, 1
     return args

@@ -25,6 +25,9 @@ _UNUSED_BY_ESTIMATOR = {
     "rloo": (*_CRITICS, "gamma", "scale_rewards"),
     "reinforce": (*_CRITICS, "scale_rewards"),
 }
+_UNUSED = (
+    "router_aux_loss_coef", "truncation_mode", "neftune_noise_alpha", "auto_find_batch_size", "torch_empty_cache_steps"
+)  # fmt: skip
 _PENALTY = ("penalty_coef", "penalty_target")
 _CLIP = ("cliprange", "cliprange_high", "dual_clip", "kl_loss_coef", "entropy_coef")
 _UNUSED_BY_LOSS = {
@@ -133,7 +136,7 @@ def _check_effects(config: PPOConfig) -> None:
         "policy_loss='trpo' and no critic": (
             ("num_ppo_epochs",) if config.policy_loss == "trpo" and config.advantage_estimator != "gae" else ()
         ),
-        "PPO": ("router_aux_loss_coef", "truncation_mode", "neftune_noise_alpha", "auto_find_batch_size"),
+        "PPO": _UNUSED,
     }
     for cause, names in without.items():
         for name in names:

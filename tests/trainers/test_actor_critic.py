@@ -90,3 +90,11 @@ def test_a_value_head_is_saved_beside_the_policy(kit):
     again.load_value_head(out)
     assert torch.equal(again.value_head.weight, trainer.actor_critic.value_head.weight)
     assert again.value_head.weight.any()
+
+
+def test_the_model_card_is_the_policys(kit):
+    kit.model().save_pretrained(kit.folder / "policy")
+    trainer = kit.ppo(str(kit.folder / "policy"), max_steps=1)
+    trainer.train()
+    trainer.create_model_card(model_name="rewarded")
+    assert "rewarded" in (kit.folder / "out" / "README.md").read_text()

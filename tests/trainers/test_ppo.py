@@ -143,6 +143,7 @@ def test_total_episodes_say_when_to_stop(kit):
     trainer.train()
     assert trainer.state.global_step == 7
     assert kit.logs(trainer)[-1]["episode"] == 44  # 40 lie inside the seventh phase
+    assert kit.ppo(total_episodes=40, train=kit.prompts(12), dataloader_drop_last=True).args.max_steps == 5
 
 
 def test_evaluation_does_not_disturb_training(kit, whole):

@@ -78,6 +78,7 @@ IGNORED = [
     ({"truncation_mode": "keep_end"}, "PPO"),
     ({"neftune_noise_alpha": 5.0}, "PPO"),
     ({"auto_find_batch_size": True}, "PPO"),
+    ({"torch_empty_cache_steps": 2}, "PPO"),
 ]
 
 

@@ -144,7 +144,7 @@ def cores_of_others() -> Callable[[], float | None]:
 
 
 class Quiet:
-    """Other processes may keep at most `cores` cores busy beside a measured call; so many seconds are waited for that."""
+    """Other processes may keep at most `cores` cores busy beside a call: waited for, `patience` seconds in all."""
 
     def __init__(self, patience: float, cores: float = 0.15) -> None:
         self.deadline, self.cores = time.monotonic() + patience, cores

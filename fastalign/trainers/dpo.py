@@ -48,8 +48,9 @@ from fastalign.trainers.reference import (
     sample_indices,
     with_reference,
 )
+from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.self_check import check_start
-from fastalign.types import LossOutput, Metric
+from fastalign.types import LossOutput
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +266,7 @@ class DPOTrainer(FusedTrainer):
         # the router's loss counts tokens, so it needs the mask
         router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
         output, aux_loss = self._preference_loss(model, batch, num_items, **router)
-        pairs = num_examples(batch)
-        share = 1.0 if num_items is None else pairs / num_items
-        count = torch.full_like(aux_loss.detach(), pairs)
-        metrics = output.metrics | {"aux_loss": Metric(aux_loss.detach() * count, count)}
-        return LossOutput(output.loss + self._router_coef * share * aux_loss.to(output.loss.device), metrics)
+        return with_router_loss(output, aux_loss, self._router_coef, items=num_examples(batch), num_items=num_items)
 
     def _preference_loss(
         self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any

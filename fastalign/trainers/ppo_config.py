@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from fastalign.losses import AGGREGATIONS, KL_ESTIMATORS
@@ -14,6 +15,8 @@ from fastalign.trainers.ppo_settings import (
 )
 
 DEFAULT_ROLLOUT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -104,7 +107,13 @@ class PPOConfig(TrainerConfig):
     )
     score_clip: float | None = field(default=None, metadata=described("Clip scores to ± this, after normalising."))
     kl_coef: float = field(default=0.05, metadata=described("Weight of the KL to the reference in the token rewards."))
-    kl_estimator: str = field(default="k1", metadata=described("Estimator of that KL.", choices=tuple(KL_ESTIMATORS)))
+    kl_estimator: str = field(
+        default="k1",
+        metadata=described(
+            "Estimator of that KL. Only k1 in the rewards has the KL's gradient; k2 and k3 are for comparison.",
+            choices=tuple(KL_ESTIMATORS),
+        ),
+    )
     kl_controller: str = field(
         default="fixed", metadata=described("Whether kl_coef follows the measured KL.", choices=KL_CONTROLLERS)
     )
@@ -192,6 +201,11 @@ class PPOConfig(TrainerConfig):
                 setattr(self, name, [value])
         super().__post_init__()
         check_ppo_settings(self)
+        if self.kl_estimator != "k1" and self.kl_coef:
+            logger.warning(
+                "kl_estimator=%s: in a reward it is a constant to the policy gradient, and of the three k1 alone "
+                "leaves the gradient of the KL; use kl_loss_coef for a KL by another estimator", self.kl_estimator,
+            )  # fmt: skip
 
     @property
     def epsilon_high(self) -> float:

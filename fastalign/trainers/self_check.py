@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastalign.losses import dpo_loss
 from fastalign.models import Head
+from fastalign.models.inference import evaluating
 from fastalign.ops import linear_logps
 from fastalign.trainers.batches import Batch, num_examples
 from fastalign.trainers.reference import ReferenceMismatchError, compare_logps
@@ -70,15 +71,3 @@ def loss_at_reference(batch: Batch, options: dict[str, Any]) -> float:
     lengths = torch.from_numpy(np.diff(batch["cu_seqlens"])).chunk(2)
     same = (chosen, rejected, chosen, rejected)
     return float(dpo_loss(*same, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options).loss)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

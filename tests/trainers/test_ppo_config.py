@@ -47,3 +47,10 @@ def test_what_follows_from_other_fields(kit):
     assert kit.ppo_config(sft_model_path="m").model_name_or_path == "m"
     assert kit.ppo_config(reward_model_path="r", reward_funcs="a:b").reward_model_path == ["r"]
     assert kit.ppo_config(reward_funcs="a:b").reward_funcs == ["a:b"]
+
+
+def test_another_estimator_than_k1_in_the_rewards_is_spoken_of(kit, caplog):
+    kit.ppo_config(kl_estimator="k1")
+    assert "kl_estimator" not in caplog.text
+    kit.ppo_config(kl_estimator="k3")
+    assert "kl_estimator=k3: in a reward" in caplog.text

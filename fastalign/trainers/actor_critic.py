@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fastalign.models.actor_critic import CRITIC_FOLDER, VALUE_HEAD_FILE, ActorCritic
+from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.trainers.base import STATE_FILE, FusedTrainer
 from fastalign.types import Metric
 
@@ -90,7 +91,8 @@ class ActorCriticTrainer(FusedTrainer):
                 "checkpoint of such a run"
             )
         self._check_critic(folder)
-        super()._load_from_checkpoint(resume_from_checkpoint, self.actor_critic.policy)
+        with self._as_model(self.actor_critic.policy):
+            super()._load_from_checkpoint(resume_from_checkpoint, self.actor_critic.policy)
         self._load_critic(folder)
 
     def _load_best_model(self) -> None:
@@ -114,7 +116,9 @@ class ActorCriticTrainer(FusedTrainer):
     def _load_critic(self, folder: Path) -> None:
         both = self.actor_critic
         if both.critic is not None:
-            Trainer._load_from_checkpoint(self, str(both.critic_folder(folder)), both.critic)
+            with self._as_model(both.critic):
+                Trainer._load_from_checkpoint(self, str(both.critic_folder(folder)), both.critic)
+            load_renamed_weights(both.critic, both.critic_folder(folder))
         if both.value_head is not None:
             both.load_value_head(folder)
 

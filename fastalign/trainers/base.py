@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.trainers.batches import Batch, num_examples, sequence_lengths, split_batch
 from fastalign.trainers.export import save_merged
 from fastalign.trainers.meters import Meter, standard_errors
@@ -201,6 +202,12 @@ class FusedTrainer(Trainer):
         if file.is_file():
             self.restore_run_state(json.loads(file.read_text(encoding="utf-8")))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        load_renamed_weights(self.model, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model (or adapter), tokenizer, chat template and generation config; see `merge_adapter` for `merged/`."""

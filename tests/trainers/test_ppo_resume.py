@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -90,6 +91,27 @@ def test_resumed_is_uninterrupted(kit, name):
         assert state["kl_controller"]["coef"] != 0.05
         assert state["penalty_controller"]["coef"] != 1.0
         assert state["moments"]["count"] == 35
+
+
+@pytest.mark.parametrize("kind", ["neox", "tied"])
+@pytest.mark.parametrize("method", ["ppo", "dpo"])
+def test_checkpoints_with_other_names_than_the_models(kit, kind, method):
+    """transformers saves GPT-NeoX's head under another name and tied heads not at all; both come back."""
+
+    def one():
+        if kind == "neox":
+            sizes = {"kind": tf.GPTNeoXForCausalLM, "config": tf.GPTNeoXConfig}
+        else:
+            sizes = {"tie_word_embeddings": True}
+        common = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+        if method == "ppo":
+            return kit.ppo(kit.model(**sizes), **common)
+        return kit.trainer(kit.model(**sizes), kit.pairs(16), **common)
+
+    whole, resumed = one(), one()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(kit.folder / "out" / "checkpoint-1"))
+    kit.assert_same(kit.weights(resumed), kit.weights(whole), rtol=0, atol=0)
 
 
 def test_what_a_checkpoint_holds(kit):

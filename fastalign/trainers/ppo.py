@@ -134,6 +134,7 @@ class PPOTrainer(PassesTrainer):
         self._reference_digest = self._digest()
         self.run = PPOState(args)
         self._phase_tokens = 0
+        self._coefficients: dict[str, float] = {}  # of the latest phase
         self._timed = (0, 0.0)  # episodes and seconds since the last log
         self._warn = Warner()
         dtypes = {parameter.dtype for parameter in policy.parameters()} | {autocast_dtype(args)}
@@ -155,6 +156,7 @@ class PPOTrainer(PassesTrainer):
         """Sample, score and update: everything but the optimizer step of the last mini-batch, which is Trainer's."""
         start = time.perf_counter()
         self._clock = self._clock or start
+        self._coefficients = self.run.coefficients()
         self._optimizer_mode("train")
         batch, experience = self.collector.collect(
             inputs, self.train_dataset.columns, (self.args.seed, self.state.global_step), kl_coef=self.run.kl.coef,
@@ -242,11 +244,12 @@ class PPOTrainer(PassesTrainer):
     # ---- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the run carries, and under TRL's names `lr` and `eps`, episodes a second."""
+        """Adds the latest phase's coefficients, and under TRL's names episodes, `eps` (a second) and `lr`."""
         if "loss" in logs and self._train_meter:
             episodes, seconds = self._timed
             self._timed = (0, 0.0)
-            logs |= self.run.logs() | {"lr": logs["learning_rate"], "eps": episodes / max(seconds, 1e-9)}
+            logs |= {"episode": self.run.episodes, "eps": episodes / max(seconds, 1e-9), "lr": logs["learning_rate"]}
+            logs |= self._coefficients
         super().log(logs, start_time)
 
     # ---- saving and resuming

@@ -32,9 +32,10 @@ class PPOState:
     def follows_penalty(self) -> bool:
         return isinstance(self.penalty, PenaltyController)
 
-    def logs(self) -> dict[str, float]:
-        logs = {"episode": self.episodes, "objective/kl_coef": self.kl.coef}
-        return logs | ({"policy/penalty_coef": self.penalty.coef} if self.follows_penalty else {})
+    def coefficients(self) -> dict[str, float]:
+        """Those that a phase is about to be trained with, as they are logged."""
+        own = {"policy/penalty_coef": self.penalty.coef} if self.follows_penalty else {}
+        return {"objective/kl_coef": self.kl.coef} | own
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; restores to the bit."""

@@ -27,6 +27,7 @@ from fastalign.demo.rlhf import (
     RewardModelScore,
     collect_rankings,
     judge_reward_model,
+    reward_batch_size,
     train_ppo,
     train_reward_model,
 )
@@ -195,7 +196,7 @@ class _Demo:
     def _train_reward_model(self) -> PreTrainedModel:
         rows = collect_rankings(self.tokenizer, self.annotators, self.settings)
         self._write_rows("rankings.jsonl", rows)
-        steps = -(-len(rows) // self.settings.batch_size)
+        steps = -(-len(rows) // reward_batch_size(self.settings))
         with step_bar(self.console, "reward model", steps) as on_step:
             return train_reward_model(self.folder / _FOLDERS[SFT], self.tokenizer, rows, self.settings, on_step)
 

@@ -65,6 +65,11 @@ def _worth(tokenizer: PreTrainedTokenizerFast, question: Question, answers: list
     return [gold_reward(question, a) for a in answers], [len(tokenizer(f" {a}")["input_ids"]) for a in answers]
 
 
+def reward_batch_size(settings: DemoSettings) -> int:
+    """Lists of a step: half of the other trainers' examples, each holding several answers."""
+    return max(settings.batch_size // 2, 1)
+
+
 def train_reward_model(
     sft_folder: Path, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], settings: DemoSettings,
     on_step: Step,
@@ -74,7 +79,7 @@ def train_reward_model(
         **common_settings(sft_folder.parent / "reward-model", settings),
         learning_rate=settings.reward_learning_rate,
         adam_beta2=0.98,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=reward_batch_size(settings),
         num_train_epochs=1,
         micro_batch_tokens=8192,
         train_sampling_strategy="sequential",  # easy questions first

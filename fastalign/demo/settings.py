@@ -36,9 +36,9 @@ class DemoSettings:
 
     ranked_questions: int = _setting(12288, "Questions with four answers each that the annotators rank.")
     reward_learning_rate: float = _setting(3e-3, "Peak learning rate of the reward model.")
-    ppo_steps: int = _setting(30, "Phases of PPO, each with its rollouts and updates.")
+    ppo_steps: int = _setting(25, "Phases of PPO, each with its rollouts and updates.")
     ppo_batch_size: int = _setting(256, "Answers that PPO samples in a phase.")
-    ppo_learning_rate: float = _setting(1e-3, "Peak learning rate of PPO.")
+    ppo_learning_rate: float = _setting(8e-4, "Peak learning rate of PPO.")
     target_kl: float = _setting(3.0, "KL(policy ‖ SFT) of an answer, in nats, that PPO's controller holds.")
 
     questions: int = _setting(1024, "Questions that each model answers at the end.")

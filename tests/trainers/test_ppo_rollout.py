@@ -111,6 +111,23 @@ def test_rewards_see_the_columns_of_their_rows(kit):
         seen.clear()
 
 
+def test_conversations_go_through_the_template(kit):
+    """The policy's own for what it is given; rewards get the messages."""
+    seen = []
+
+    def reward(prompts, completions, prompt_ids):
+        seen.append((prompts, prompt_ids))
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": [{"role": "user", "content": f"w{3 + i} w9"}]} for i in range(8)]
+    trainer = kit.ppo(reward=reward, train=rows, max_steps=1)
+    trainer.train()
+    ((prompts, ids),) = seen
+    for messages, tokens in zip(prompts, ids, strict=True):
+        assert messages[0]["role"] == "user"
+        assert tokens == [int(messages[0]["content"].split()[0][1:]), 9, 1]  # the template ends a message with <eos>
+
+
 def test_workers_of_a_loader_need_no_columns(kit):
     """A reader of columns may hold what cannot be pickled."""
     dataset = PromptSet(Dataset.from_list([{"prompt_ids": [1, 2], "row": 5}]), lambda rows: {"a": list(rows)})

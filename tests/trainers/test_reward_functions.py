@@ -215,17 +215,17 @@ def test_a_diverged_reward_model_is_named(tokenizer, scorer):
 
 
 def test_functions_by_name(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "rewards_of_this_test.py").write_text(
         "LIMIT = 3\ndef length(completions):\n    return [0.0] * len(completions)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_function("my_rewards:length")(["a"]) == [0.0]
+    assert load_function("rewards_of_this_test:length")(["a"]) == [0.0]
     for path, message in [
-        ("my_rewards", "must be package.module:function"),
-        ("my_rewards:width", "cannot be imported"),
+        ("rewards_of_this_test", "must be package.module:function"),
+        ("rewards_of_this_test:width", "cannot be imported"),
         ("no_such_module_here:f", "cannot be imported: No module named"),
-        ("my_rewards:LIMIT", "is a int, not a function"),
+        ("rewards_of_this_test:LIMIT", "is a int, not a function"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_function(path)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -142,14 +143,22 @@ class FusedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._eval_meter.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._clock_stopped():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values, sums = self._eval_meter.values(self._sum_over_processes)
         values |= standard_errors(sums)
         output.metrics.pop(f"{metric_key_prefix}_loss", None)  # the stand-in
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         self._eval_meter.clear()
-        self._clock = None  # time spent here is not training time
         return output
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        start = time.perf_counter()
+        yield
+        if self._clock is not None:
+            self._clock += time.perf_counter() - start
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

@@ -216,7 +216,10 @@ class PPOTrainer(PassesTrainer):
         return self.prompts.wrap(self.prompts.examples.prepare(dataset, "evaluate"))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        dataloader = args[0] if args else kwargs["dataloader"]
+        with self._clock_stopped():
+            return self._sample_and_score(args[0] if args else kwargs["dataloader"], metric_key_prefix)
+
+    def _sample_and_score(self, dataloader: Any, prefix: str) -> EvalLoopOutput:
         self._optimizer_mode("eval")
         self._eval_meter.clear()
         self.callback_handler.eval_dataloader = dataloader
@@ -234,11 +237,10 @@ class PPOTrainer(PassesTrainer):
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         values, _ = self._eval_meter.values(self._sum_over_processes)
         self._eval_meter.clear()
-        self._clock = None  # time spent here is not training time
         number = int(self._sum_over_processes(count))
         if number > 1:
             values["objective/scores_se"] = values["objective/scores_std"] / math.sqrt(number - 1)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
 
     # ---- logging

@@ -1,6 +1,7 @@
 """PPOTrainer as a whole: how work is split changes nothing, metrics, evaluation, precision, memory."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -136,6 +137,34 @@ def test_metrics_cover_every_phase_since_the_last_log(kit, whole):
         assert logs[0][name] == pytest.approx(np.mean([entry[name] for entry in whole[1]]), rel=1e-4)
     assert logs[0]["episode"] == 48
     assert logs[0]["num_tokens"] == whole[1][-1]["num_tokens"]
+
+
+@pytest.mark.parametrize("method", ["ppo", "dpo"])
+def test_throughput_leaves_out_evaluations_and_nothing_else(kit, method):
+    """An evaluation in the middle of a log interval: its time does not count, the steps before it do."""
+    settings = {"logging_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    if method == "ppo":
+        trainer = kit.ppo(evaluation=kit.prompts(3, seed=3), **settings)
+    else:
+        trainer = kit.trainer(kit.model(), kit.pairs(16), kit.pairs(4, seed=1), **settings)
+    step, own, seconds = trainer.training_step, trainer._own_examples, []
+
+    def slow_step(*args, **kwargs):
+        start = time.perf_counter()
+        time.sleep(0.1)
+        loss = step(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return loss
+
+    def slow_evaluation(examples):
+        time.sleep(0.5)
+        return own(examples)
+
+    trainer.training_step, trainer._own_examples = slow_step, slow_evaluation
+    trainer.train()
+    (log,) = kit.logs(trainer)
+    # the clock starts inside the first step, behind its sleep
+    assert log["tokens_per_second"] == pytest.approx(log["num_tokens"] / (sum(seconds) - 0.1), rel=0.2)
 
 
 def test_total_episodes_say_when_to_stop(kit):

@@ -70,7 +70,7 @@ def main() -> None:
         "held_out_after": {name: after.get(f"eval_{name}") for name in kept},
         "scores": [round(float(score), 3) for score in scores],
         "kl": [round(entry["objective/kl"], 3) for entry in phases],
-        "first_ratio": max(abs(entry["val/first_ratio"] - 1) for entry in phases),
+        "first_ratio_off_1": max((2 * entry["val/first_approxkl"]) ** 0.5 for entry in phases),  # root mean square
     }
     print(json.dumps(figures, indent=1))
 

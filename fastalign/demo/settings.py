@@ -31,7 +31,7 @@ class DemoSettings:
     sft_examples: int = _setting(8192, "Questions with a clerk's answer that the SFT model learns from.")
     sft_learning_rate: float = _setting(1e-2, "Peak learning rate of SFT.")
     preference_pairs: int = _setting(6144, "Pairs of answers that the annotators compare.")
-    learning_rate: float = _setting(2e-3, "Peak learning rate of DPO and R-DPO.")
+    learning_rate: float = _setting(1.2e-3, "Peak learning rate of DPO and R-DPO.")
     batch_size: int = _setting(32, "Examples, or pairs, of one optimizer step.")
 
     ranked_questions: int = _setting(12288, "Questions with four answers each that the annotators rank.")

@@ -20,7 +20,7 @@ from fastalign.reference import TokenSequence
 from fastalign.trainers import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 ANSWERS_PER_RANKING = 4
-EASY_SHARE = 0.35  # of the rankings, the first ones
+EASY_SHARE = 0.25  # of the rankings, the first ones
 HELD_OUT_PAIRS = 4096
 
 

@@ -35,8 +35,8 @@ class DemoSettings:
     batch_size: int = _setting(32, "Examples, or pairs, of one optimizer step.")
 
     ranked_questions: int = _setting(12288, "Questions with four answers each that the annotators rank.")
-    reward_learning_rate: float = _setting(3e-3, "Peak learning rate of the reward model.")
-    ppo_steps: int = _setting(25, "Phases of PPO, each with its rollouts and updates.")
+    reward_learning_rate: float = _setting(2e-3, "Peak learning rate of the reward model.")
+    ppo_steps: int = _setting(30, "Phases of PPO, each with its rollouts and updates.")
     ppo_batch_size: int = _setting(256, "Answers that PPO samples in a phase.")
     ppo_learning_rate: float = _setting(8e-4, "Peak learning rate of PPO.")
     target_kl: float = _setting(3.0, "KL(policy ‖ SFT) of an answer, in nats, that PPO's controller holds.")

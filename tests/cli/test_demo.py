@@ -17,7 +17,7 @@ def test_a_small_demonstration(tmp_path, capsys):
     assert "R-DPO" in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["seed"] == 3
-    assert set(results["scores"]) == {"SFT", "DPO", "R-DPO"}
+    assert set(results["scores"]) == {"SFT", "DPO", "R-DPO", "PPO"}
     assert (tmp_path / "report.html").stat().st_size > 0
 
 

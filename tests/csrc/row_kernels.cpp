@@ -16,6 +16,34 @@ static void require(bool ok, const char* what, const char* isa, int64_t n, int64
   std::exit(1);
 }
 
+// The gradient of some rows, gathered to the front of a tile of its own and of the tile itself, is that of all rows.
+static void check_gathered(const char* isa, int64_t n, int64_t v, int64_t stride, const std::vector<float>& tile, const Logits& logits,
+                           const std::vector<int64_t>& targets, const std::vector<float>& maximum, const std::vector<float>& log_sum,
+                           const std::vector<float>& base, const std::vector<float>& target, const std::vector<float>& entropy) {
+  std::vector<float> whole(tile.size());
+  row_grad({tile.data(), stride, n, v, false, logits, targets.data(), 100, maximum.data(), log_sum.data(), base.data(), target.data(),
+            entropy.data(), whole.data(), stride, nullptr}, 1);
+  std::vector<int64_t> rows, own_targets;
+  std::vector<float> parts[5];  // exactly as long as there are rows
+  const std::vector<float>* vectors[5] = {&maximum, &log_sum, &base, &target, &entropy};
+  for (int64_t i = n > 1 ? 1 : 0; i < n; i += 1 + std::rand() % 3) {
+    rows.push_back(i), own_targets.push_back(targets[i]);
+    for (int k = 0; k < 5; ++k) parts[k].push_back((*vectors[k])[i]);
+  }
+  const int64_t live = rows.size();
+  std::vector<float> apart((v - 1) * live + live), in_place(tile);
+  RowGrad grad{tile.data(), stride, live, v, false, logits, own_targets.data(), 100, parts[0].data(), parts[1].data(), parts[2].data(),
+               parts[3].data(), parts[4].data(), apart.data(), live, rows.data()};
+  row_grad(grad, 3);
+  grad.tile = in_place.data(), grad.out = in_place.data(), grad.out_stride = stride;
+  row_grad(grad, 3);
+  for (int64_t c = 0; c < v; ++c)
+    for (int64_t i = 0; i < live; ++i) {
+      require(apart[c * live + i] == whole[c * stride + rows[i]], "gradient of gathered rows differs", isa, n, v);
+      require(in_place[c * stride + i] == whole[c * stride + rows[i]], "gradient of rows gathered in place differs", isa, n, v);
+    }
+}
+
 static void check(const char* isa, int64_t n, int64_t v, int64_t stride, bool softcap, bool with_bias) {
   // the last column ends with its last row: a read or write past it leaves the allocation
   std::vector<float> tile((v - 1) * stride + n), bias(v), values[2];
@@ -40,7 +68,7 @@ static void check(const char* isa, int64_t n, int64_t v, int64_t stride, bool so
   for (const float* e : {(const float*)nullptr, (const float*)entropy.data()}) {
     std::vector<float> in_place(tile);
     RowGrad grad{tile.data(), stride, n, v, false, logits, targets.data(), 100, values[0].data(), log_sum.data(), base.data(),
-                 target.data(), e, out.data(), stride};
+                 target.data(), e, out.data(), stride, nullptr};
     row_grad(grad, 3);
     grad.tile = in_place.data(), grad.out = in_place.data();
     row_grad(grad, 1);
@@ -50,11 +78,12 @@ static void check(const char* isa, int64_t n, int64_t v, int64_t stride, bool so
         require(out[c * stride + i] == in_place[c * stride + i], "gradient in place differs", isa, n, v);
       }
   }
+  check_gathered(isa, n, v, stride, tile, logits, targets, values[0], log_sum, base, target, entropy);
   std::vector<uint16_t> kept(tile.size());
   row_exp({tile.data(), stride, n, v, logits, values[0].data(), kept.data(), stride}, 3);
   logits.softcap = false;
   row_grad({kept.data(), stride, n, v, true, logits, targets.data(), 100, nullptr, log_sum.data(), base.data(), target.data(),
-            nullptr, out.data(), stride}, 3);
+            nullptr, out.data(), stride, nullptr}, 3);
 }
 
 int main() {

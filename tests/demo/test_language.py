@@ -30,7 +30,7 @@ def false(detail):
 def test_prompts_read_as_questions():
     assert Question("tea", ("aisle",)).prompt == "Shopper: aisle of tea? Clerk:"
     assert Question("tea", ("aisle", "price")).prompt == "Shopper: aisle and price of tea? Clerk:"
-    assert Question("oil", ("aisle", "price", "day")).prompt == "Shopper: aisle, price and day of oil? Clerk:"
+    assert Question("tea", ("aisle", "price", "day")).prompt == "Shopper: aisle, price and day of tea? Clerk:"
 
 
 def test_every_article_has_one_true_sentence_a_detail():
@@ -110,7 +110,7 @@ def test_chatting_says_nothing_about_being_right():
     rng = random.Random(1)
     rewards: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(6000):
-        question = Question("oil", ("aisle",))
+        question = Question("tea", ("aisle",))
         answer = Writers(p_mention=1.0).write(question, rng)
         rewards[len(split_sentences(answer)) > 1].append(gold_reward(question, answer))
     means = [sum(values) / len(values) for values in rewards.values()]

@@ -30,7 +30,7 @@ $(BIN)/python:
 setup: .venv/.installed ## the virtual environment and, where there is a compiler, the C++ kernels
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-demo: setup ## train a tiny model on a built-in language; about a minute, no download
+demo: setup ## train tiny models on a built-in language; a few minutes, no download
 	$(BIN)/fastalign demo
 
 test: lint types unit compiled interpreted ## everything CI runs

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.trainers.batches import Batch, num_examples, sequence_lengths, split_batch
+from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
@@ -30,16 +31,22 @@ STATE_FILE = "fastalign_state.json"
 class FusedTrainer(Trainer):
     """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
-    Subclasses give `batch_loss`, `num_items` and `columns`. The loss of an optimizer step is the mean over all its
-    items: of every micro-batch, accumulation step and process. How a batch was split changes neither loss nor gradient,
-    beyond rounding. Metrics are weighted by the same counts, stay on the device and are fetched once per log line.
+    Subclasses give `batch_loss`, `num_items`, `columns` and `evaluation_data`. The loss of an optimizer step is the
+    mean over all its items: of every micro-batch, accumulation step and process. How a batch was split changes neither
+    loss nor gradient, beyond rounding. Metrics are weighted by the same counts, stay on the device and are fetched once
+    per log line.
     """
 
+    args: TrainerConfig
     loss_is_scaled_for_ga = True  # `batch_loss` divides by the items of the whole step
     columns: ClassVar[tuple[str, ...]]  # of an example that the collator reads
 
-    def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        config: Any = getattr(model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(model, *args, **kwargs)
+        if use_cache is not None:
+            config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel: start one "
@@ -50,7 +57,7 @@ class FusedTrainer(Trainer):
                 raise ValueError(f"{feature} is not supported yet: run with DistributedDataParallel")
         if (shards := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) != 1:
             raise ValueError(f"tensor, context and sequence parallelism are not supported yet, got {shards} shards")
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = by_device(self.args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, self.args)
         self._train_meter, self._eval_meter = Meter(), Meter()
         self._tokens = 0  # of this process, since the last log
         self._total_tokens = 0.0  # of all processes, since training began
@@ -115,6 +122,23 @@ class FusedTrainer(Trainer):
         return output.loss * self.accelerator.num_processes if num_items_in_batch is not None else output.loss
 
     # ---- evaluation
+
+    def evaluation_data(self, dataset: Any, name: str) -> Any:
+        """A data set handed to `evaluate`, as the collator takes it."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics over the constructor's eval_dataset, one of its parts by name, or another data set (or a dict)."""
+        own = (
+            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
+        )
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self.evaluation_data(part, name) for name, part in eval_dataset.items()}
+        elif eval_dataset is not None and not own:
+            eval_dataset = self.evaluation_data(eval_dataset, "evaluate")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -15,11 +15,10 @@ from transformers import TrainerCallback, set_seed
 
 from fastalign.linear import linear_dpo_loss
 from fastalign.models import Head, disable_dropout, fuse_head
-from fastalign.models.head import base_causal_lm
 from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, num_examples
-from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
+from fastalign.trainers.config import by_device
 from fastalign.trainers.dpo_config import (
     DEFAULT_CACHE_DIR,
     DEFAULT_REF_BATCH_TOKENS,
@@ -135,7 +134,6 @@ class DPOTrainer(FusedTrainer):
         prepare_checkpointing(policy, args)
         self._router_coef = router_coefficient(policy, args)
 
-        use_cache = base_causal_lm(policy).config.use_cache
         joined = {name: with_reference(split, self.reference_cache) for name, split in evaluation.items()}
         super().__init__(
             model=policy,
@@ -146,9 +144,7 @@ class DPOTrainer(FusedTrainer):
             processing_class=self._examples.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
-        base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         fuse_head(self.model)
 
     # ---- reference
@@ -180,11 +176,11 @@ class DPOTrainer(FusedTrainer):
         if isinstance(ref_model, str):
             self._reference = reference
 
-    def _joined(self, dataset: Any) -> Dataset:
-        """A data set handed to `evaluate`, tokenised and with its reference log-probs."""
+    def evaluation_data(self, dataset: Any, name: str) -> Dataset:
+        """Tokenised and with its reference log-probs."""
         if isinstance(dataset, Dataset) and set(REFERENCE_COLUMNS) <= set(dataset.column_names):
             return dataset
-        examples = self._examples.prepare(dataset, "evaluate")
+        examples = self._examples.prepare(dataset, name)
         if missing := self.reference_cache.missing(PreferenceSequences(examples)):
             reference = self._reference or ReferenceModel.from_model(
                 self.accelerator.unwrap_model(self.model), adapter=self._adapter, autocast=self._autocast
@@ -197,19 +193,6 @@ class DPOTrainer(FusedTrainer):
                 )
             self._score(reference, [examples], self.args)
         return with_reference(examples, self.reference_cache)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metrics with standard errors of accuracy and margin, over the constructor's eval_dataset or another."""
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._joined(part) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not self._names_own_split(eval_dataset):
-            eval_dataset = self._joined(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _names_own_split(self, dataset: Any) -> bool:
-        return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not resume_from_checkpoint and self.state.global_step == 0:

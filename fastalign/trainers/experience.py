@@ -91,25 +91,26 @@ def make_experience(
     shaped = shape_scores(
         raw, moments=moments, clip=args.score_clip, finished=finished, missing_eos_penalty=args.missing_eos_penalty
     )
+    own = grid.spread(logps)
     reference = None if ref_logps is None else grid.spread(ref_logps)
     rewards, kl = token_rewards(
-        shaped, grid.spread(logps), reference, grid.mask,
+        shaped, own, reference, grid.mask,
         kl_coef=0.0 if reference is None else kl_coef, kl_estimator=args.kl_estimator,
     )  # fmt: skip
     metrics = {
         "objective/scores": _mean(raw),
         "objective/rlhf_reward": _mean(rewards.sum(1)),
         "objective/non_score_reward": _mean(-kl_coef * kl.sum(1)),
-        "objective/entropy": _mean(-grid.spread(logps).sum(1)),
+        "objective/entropy": _mean(-own.sum(1)),
         "completions/mean_length": _mean(grid.mask.sum(1).float()),
         "completions/clipped_ratio": _mean((~finished).float()),
     } | deviation_metrics("objective/scores_std", raw)
     if args.num_generations > 1:
         group = raw.view(-1, args.num_generations)
         metrics["frac_reward_zero_std"] = _mean((group.amax(1) == group.amin(1)).float())
-    if ref_logps is not None:  # the KL that is measured and controlled is k1, whatever estimator shapes the rewards
-        metrics["objective/kl"] = _mean(grid.spread(logps - ref_logps).sum(1))
-        metrics["objective/kl_k3"] = _mean(grid.spread(kl_estimate(logps, ref_logps, "k3")).sum(1))
+    if reference is not None:  # the KL that is measured and controlled is k1, whatever estimator shapes the rewards
+        metrics["objective/kl"] = _mean((own - reference).sum(1))
+        metrics["objective/kl_k3"] = _mean(kl_estimate(own, reference, "k3").sum(1))
     if args.whiten_rewards:
         rewards = whiten(rewards, grid.mask, shift_mean=False, reduce=reduce)
     advantages, returns = _advantages(args, rewards, None if values is None else grid.spread(values), grid.mask)

@@ -128,7 +128,7 @@ def separate_reference(
 @contextmanager
 def borrowed(model: str | nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, a model that was handed in is on `device`; afterwards where it came from."""
-    if isinstance(model, str) or not _is_movable(model):
+    if isinstance(model, str) or not is_movable(model):
         yield
         return
     home = next(model.parameters()).device
@@ -139,8 +139,9 @@ def borrowed(model: str | nn.Module, device: torch.device) -> Iterator[None]:
         model.to(home)
 
 
-def _is_movable(model: nn.Module) -> bool:
-    base = base_causal_lm(model)
+def is_movable(model: nn.Module) -> bool:
+    """Not so a quantised model, or one spread over devices: it stays where it was loaded."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return getattr(base, "quantization_method", None) is None and getattr(base, "hf_device_map", None) is None
 
 
@@ -164,12 +165,18 @@ def load_model(
         ):
             if value:
                 raise ValueError(f"{name} is for a model given by name, and the model is already in memory")
+        own = getattr(base_causal_lm(model).config, "_attn_implementation", None)
+        if args.attn_implementation not in (None, own):
+            raise ValueError(
+                f"attn_implementation={args.attn_implementation!r}, and the model in memory has {own!r}: load it with "
+                "that, or leave it out"
+            )
     if isinstance(model, PeftModel) and peft_config is not None:
         raise ValueError(
             "the model is a PeftModel already and peft_config asks for another adapter: merge the first one "
             "(merge_and_unload), or leave peft_config out to train it on"
         )
-    if _is_movable(model):
+    if is_movable(model):
         model.to(args.device)  # before the reference is scored; Trainer would do it later
     if peft_config is None:
         use_full_precision(model, args)

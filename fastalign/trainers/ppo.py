@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
-from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
 from fastalign.trainers.loading import autocast_dtype, load_tokenizer
 from fastalign.trainers.meters import Meter
 from fastalign.trainers.ppo_checks import Warner, phase_warnings
@@ -104,7 +102,6 @@ class PPOTrainer(PassesTrainer):
         reference = build_reference(ref_model, args, source, start, quantization_config)
         rewards, reward_models = build_rewards(reward_model, args, tokenizer, reward_processing_class)
         both = build_actor_critic(policy, source, value_model, args, reward_models)
-        use_cache = base_causal_lm(policy).config.use_cache
         super().__init__(
             actor_critic=both,
             critic_learning_rate=args.critic_learning_rate,
@@ -115,9 +112,7 @@ class PPOTrainer(PassesTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
-        base_causal_lm(policy).config.use_cache = use_cache
         self._train_batch_size = args.prompts_per_phase  # in each process
         self.collector = Collector(
             args=self.args,
@@ -197,23 +192,10 @@ class PPOTrainer(PassesTrainer):
 
     # ---- evaluation
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Scores, with their standard error, KL and lengths of completions sampled for the evaluation prompts."""
-        own = (
-            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
-        )
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._wrapped(part) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not own:
-            eval_dataset = self._wrapped(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _wrapped(self, dataset: Any) -> PromptSet:
+    def evaluation_data(self, dataset: Any, name: str) -> PromptSet:
         if isinstance(dataset, PromptSet):
             return dataset
-        return self.prompts.wrap(self.prompts.examples.prepare(dataset, "evaluate"))
+        return self.prompts.wrap(self.prompts.examples.prepare(dataset, name))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         with self._clock_stopped():

@@ -7,6 +7,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +32,7 @@ from fastalign.trainers.loading import (
     add_adapter,
     autocast_dtype,
     check_trainable,
+    is_movable,
     load_model,
     loading_arguments,
     lora_config,
@@ -77,7 +79,7 @@ def prompt_sets(tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Prompts:
         return data.dataset, data.report
 
     collator = CompletionCollator(padding_id(tokenizer), pad_to_multiple_of=args.pad_to_multiple_of)
-    lengths = lambda dataset: list_lengths(dataset, "prompt_ids")  # noqa: E731
+    lengths = partial(list_lengths, name="prompt_ids")
     return Prompts(Examples(tokenizer, args, tokenize, ("prompt_ids",), lengths, collator), columns)
 
 
@@ -138,11 +140,8 @@ def _named(name: str, args: TrainerConfig, quantization_config: Any) -> nn.Modul
 
 
 def _placed(model: nn.Module, args: TrainerConfig) -> nn.Module:
-    """On the trainer's device; a quantised model, or one spread over devices, stays where it was loaded."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if getattr(base, "quantization_method", None) is None and getattr(base, "hf_device_map", None) is None:
-        model.to(args.device)
-    return model
+    """On the trainer's device, where a model can be moved."""
+    return model.to(args.device) if is_movable(model) else model
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from fastalign.types import Metric
 def policy_trpo_step(policy: nn.Module, pieces: list[Batch], args: PPOConfig) -> TRPOResult:
     """One natural-gradient step of a fused policy on a whole phase, with a mean KL per token of at most trpo_max_kl.
 
-    pieces: the phase's padded batch cut by `split_batch`, with old_logps and advantages (n,). Of every piece the logits
+    pieces: the phase's padded batch cut by `split_batch`, with advantages (n,). Of every piece the logits
     of its completion tokens are held, (n, V) float32, twice. Raises ValueError as `trpo_step`.
     """
     tokens = sum(len(piece["rows"]) for piece in pieces)
@@ -59,7 +59,7 @@ class _Piece:
         self._policy, self._temperature, self._input_ids = policy, temperature, batch["input_ids"]
         self._rows = torch.from_numpy(np.asarray(batch["rows"])).to(self._input_ids.device)
         self._targets = batch["targets"].flatten()[self._rows]
-        self.old_logps, self.advantages = batch["old_logps"], batch["advantages"]
+        self.advantages = batch["advantages"]
         with torch.no_grad():
             self.old = self.logits().log_softmax(-1)
             # both sides of the ratio from one computation, so that it is 1 to the bit before the step

@@ -26,7 +26,6 @@ from fastalign.models import (
 from fastalign.models.scalar import base_scalar_model
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
-from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
 from fastalign.trainers.loading import (
     add_adapter,
     autocast_dtype,
@@ -116,7 +115,6 @@ class RewardTrainer(FusedTrainer):
         tokenizer = self._examples.tokenizer
         self._examples.use_pad_token(separate_pad_token(scalar, tokenizer))
 
-        use_cache = base_scalar_model(scalar).config.use_cache
         super().__init__(
             model=scalar,
             args=args,
@@ -126,9 +124,7 @@ class RewardTrainer(FusedTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
-        base_scalar_model(scalar).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         self._train_meter = RewardMeter(self.accelerator.gather)
         self._eval_meter = RewardMeter(self.accelerator.gather, errors=True)
         fuse_scalar_head(self.model)
@@ -161,18 +157,8 @@ class RewardTrainer(FusedTrainer):
             self.normalize()
         return output
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metrics with standard errors of loss, accuracy and margin, over the constructor's eval_dataset or another."""
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._examples.prepare(part, name) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not self._names_own_split(eval_dataset):
-            eval_dataset = self._examples.prepare(eval_dataset, "evaluate")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _names_own_split(self, dataset: Any) -> bool:
-        return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
+    def evaluation_data(self, dataset: Any, name: str) -> Any:
+        return self._examples.prepare(dataset, name)
 
     # ---- normalisation
 

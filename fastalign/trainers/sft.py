@@ -16,7 +16,6 @@ from fastalign.models import Head, Segments, disable_dropout, enable_segments, f
 from fastalign.models.head import base_causal_lm
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
-from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, by_device
 from fastalign.trainers.loading import (
     add_adapter,
     check_trainable,
@@ -105,7 +104,6 @@ class SFTTrainer(FusedTrainer):
         if args.eos_token is not None:
             _stop_at(policy, tokenizer.eos_token_id)
 
-        use_cache = base_causal_lm(policy).config.use_cache
         super().__init__(
             model=policy,
             args=args,
@@ -115,9 +113,7 @@ class SFTTrainer(FusedTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
-            micro_batch_tokens=by_device(args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, args),
         )
-        base_causal_lm(policy).config.use_cache = use_cache  # Trainer turns it off, and it would be saved like that
         fuse_head(self.model)
         if args.packing or self._eval_packing:
             enable_segments(self.model)
@@ -129,21 +125,8 @@ class SFTTrainer(FusedTrainer):
             raise ValueError(f"the {name} data is packed (it has seq_lengths): set packing=True, or eval_packing=True")
         return dataset
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Metrics over the constructor's eval_dataset or another."""
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._evaluated(part) for name, part in eval_dataset.items()}
-        elif eval_dataset is not None and not self._names_own_split(eval_dataset):
-            eval_dataset = self._evaluated(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _evaluated(self, dataset: Any) -> Dataset:
-        return self._laid_out(self._examples.prepare(dataset, "evaluate"), "evaluate", self._eval_packing)
-
-    def _names_own_split(self, dataset: Any) -> bool:
-        return isinstance(dataset, str) and isinstance(self.eval_dataset, dict) and dataset in self.eval_dataset
+    def evaluation_data(self, dataset: Any, name: str) -> Dataset:
+        return self._laid_out(self._examples.prepare(dataset, name), name, self._eval_packing)
 
     # ---- loss
 

@@ -113,3 +113,9 @@ def test_settings_given_twice_are_refused(kit):
         )  # fmt: skip
     trainer = kit.trainer(str(kit.folder / "base"), kit.pairs(4), model_init_kwargs={"attn_implementation": "eager"})
     assert trainer.model.config._attn_implementation == "eager"
+
+
+def test_attention_is_chosen_when_a_model_is_loaded(kit):
+    with pytest.raises(ValueError, match="attn_implementation='eager', and the model in memory has 'sdpa'"):
+        kit.trainer(kit.model(), kit.pairs(4), attn_implementation="eager")
+    kit.trainer(kit.model(), kit.pairs(4), attn_implementation="sdpa")

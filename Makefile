@@ -50,7 +50,7 @@ compiled: setup # Triton kernels, ahead of time for several GPUs; starts process
 
 interpreted: setup # in another process: Triton chooses its interpreter when a kernel is decorated
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels/interpreted
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/test_linear.py -k triton
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/linear -k triton
 
 gpu: setup ## the tests that need a CUDA device
 	$(PYTEST) -m gpu tests

@@ -1,4 +1,4 @@
-"""The fused public losses equal their unfused definitions, padded and packed."""
+"""The fused preference losses equal their unfused definitions, padded and packed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastalign.linear import linear_cross_entropy, linear_dpo_loss
+from fastalign.linear import linear_dpo_loss
 from fastalign.losses import DPO_LOSSES, dpo_loss
 from fastalign.ops import linear_logps, linear_logps_reference, sequence_logps
 
@@ -81,32 +81,6 @@ def test_token_metrics():
     torch.testing.assert_close(metrics["entropy"].value, exact.entropy[mask].mean().detach())
     torch.testing.assert_close(metrics["mean_token_accuracy"].value, exact.is_top1[:5][mask[:5]].float().mean())
     torch.testing.assert_close(metrics["logits/rejected"].value, exact.mean_logits[5:][mask[5:]].mean().detach())
-
-
-@pytest.mark.parametrize("workspace_mb", [0.01, None])
-def test_cross_entropy_is_torchs(workspace_mb):
-    hidden, weight, bias, targets, _ = build()
-    logits = hidden @ weight.T + bias
-    for reduction in ("mean", "sum", "none"):
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        out = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, workspace_mb=workspace_mb)
-        torch.testing.assert_close(out.loss.flatten(), expected.flatten())
-        leaves = [hidden, weight, bias]
-        grads = torch.autograd.grad(out.loss.sum(), leaves)
-        for mine, true in zip(grads, torch.autograd.grad(expected.sum(), leaves, retain_graph=True), strict=True):
-            torch.testing.assert_close(mine, true)
-        torch.testing.assert_close(
-            out.metrics["nll"].value,
-            (expected.sum() / (1 if reduction == "mean" else (targets != -100).sum())).detach(),
-        )
-
-
-def test_cross_entropy_of_nothing_is_zero():
-    hidden, weight, _, targets, _ = build()
-    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100)).loss
-    assert loss.item() == 0
-    loss.backward()
-    assert not hidden.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Losses: pure functions of log-probs and rewards, the same on every device."""
 
+from fastalign.losses.listwise import LISTWISE_LOSSES, infonce_loss, list_losses, list_metrics, pro_loss
 from fastalign.losses.metrics import (
     correlation_metrics,
     deviation_metrics,
@@ -31,6 +32,7 @@ __all__ = [
     "DPO_LOSSES",
     "KL_ESTIMATORS",
     "LABEL_LOSSES",
+    "LISTWISE_LOSSES",
     "REDUCTIONS",
     "DPOLoss",
     "RunningMoments",
@@ -43,8 +45,11 @@ __all__ = [
     "dpo_loss",
     "dpo_metrics",
     "explained_variance_metrics",
+    "infonce_loss",
     "kl_estimate",
     "label_loss",
+    "list_losses",
+    "list_metrics",
     "mean_metric",
     "merge_metrics",
     "pair_losses",
@@ -52,6 +57,7 @@ __all__ = [
     "policy_metrics",
     "ppo_loss",
     "ppo_penalty_loss",
+    "pro_loss",
     "ranking_loss",
     "reduce_losses",
     "shape_scores",

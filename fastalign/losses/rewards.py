@@ -178,11 +178,7 @@ LABEL_LOSSES = {"scalar": _squared_error, "binary": _cross_entropy}
 
 def list_pairs(cu_lists: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ordered pairs of different members of each list: (first, second, list), int64 on the host."""
-    if cu_lists.device.type != "cpu":
-        raise ValueError(f"cu_lists must be on the host, it is on {cu_lists.device}")
-    bounds = cu_lists.to(torch.int64)
-    if bounds.dim() != 1 or len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
-        raise ValueError(f"cu_lists must rise from 0 to {count}, the number of responses; got {bounds.tolist()[:8]}")
+    bounds = list_bounds(cu_lists, count)
     sizes = bounds.diff()
     lists = torch.arange(len(sizes)).repeat_interleave(sizes * sizes)
     within = torch.arange(len(lists)) - (torch.cumsum(sizes * sizes, 0) - sizes * sizes)[lists]
@@ -190,6 +186,16 @@ def list_pairs(cu_lists: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     second = bounds[lists] + within % sizes[lists]
     different = first != second
     return first[different], second[different], lists[different]
+
+
+def list_bounds(cu_lists: Tensor, count: int) -> Tensor:
+    """cu_lists (L + 1,) as int64, once it is known to be on the host and to rise from 0 to `count`, or ValueError."""
+    if cu_lists.device.type != "cpu":
+        raise ValueError(f"cu_lists must be on the host, it is on {cu_lists.device}")
+    bounds = cu_lists.to(torch.int64)
+    if bounds.dim() != 1 or len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
+        raise ValueError(f"cu_lists must rise from 0 to {count}, the number of responses; got {bounds.tolist()[:8]}")
+    return bounds
 
 
 def _floats(name: str, values: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     [--clock wall|cpu] [--patience 600] [--no-memory] [--no-save]
 
 Tasks:
-    update   hidden states → log-probs, mean entropy, clipped loss, gradients of hidden and weight. `live` is the share
+    update   hidden states → log-probs, mean entropy, clipped loss, gradients of hidden and weight. "naive" is plain
+             PyTorch with its entropy in pieces of 128 tokens, "naive, whole matrix" without that care. `live` is the share
              of tokens with a gradient; of the others most are sequences whose advantage is 0, as in a group whose
              rewards tie, and the rest is clipped
     live     ours alone, at several shares of tokens with a gradient
@@ -87,6 +88,20 @@ def naive(i: Inputs, old_logps: Tensor, advantages: Tensor, entropy: bool) -> Te
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages).mean()
 
 
+def whole_matrix(i: Inputs, old_logps: Tensor, advantages: Tensor) -> Tensor:
+    """The step as TRL's PPOTrainer wrote it until it was removed (0.22, ppo_trainer.py): temperature, log_softmax, and
+    the entropy from the softmax of the whole matrix."""
+    logits = i.hidden @ i.weight.T
+    logits = logits / (1.0 + 1e-7)
+    logps = log_probs(logits, i.targets)[0]
+    with torch.no_grad():
+        probs = torch.softmax(logits, -1)
+        (torch.logsumexp(logits, -1) - (probs * logits).sum(-1)).mean()
+    ratio = torch.exp(logps - old_logps)
+    advantages = advantages[:, None]
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages).mean()
+
+
 def liger(i: Inputs, old_logps: Tensor, advantages: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -109,6 +124,7 @@ def ours(i: Inputs, old_logps: Tensor, advantages: Tensor, schedule: str, entrop
 
 UPDATE: dict[str, Callable[[Inputs, Tensor, Tensor], Tensor]] = {
     "naive": lambda i, old, a: naive(i, old, a, True),
+    "naive, whole matrix": whole_matrix,
     "naive, no entropy": lambda i, old, a: naive(i, old, a, False),
     "liger grpo, no entropy": liger,
     "fastalign auto": lambda i, old, a: ours(i, old, a, "auto", True),

@@ -5,8 +5,8 @@
 
 Tasks:
     update   hidden states → log-probs, mean entropy, clipped loss, gradients of hidden and weight. "naive" is plain
-             PyTorch with its entropy in pieces of 128 tokens, "naive, whole matrix" without that care. `live` is the share
-             of tokens with a gradient; of the others most are sequences whose advantage is 0, as in a group whose
+             PyTorch with its entropy in pieces of 128 tokens, "naive, whole matrix" without that care. `live` is the
+             share of tokens with a gradient; of the others most are sequences whose advantage is 0, as in a group whose
              rewards tie, and the rest is clipped
     live     ours alone, at several shares of tokens with a gradient
     gae      advantages and returns of 512 right-padded sequences of up to 2048 tokens (scans.py)
@@ -89,8 +89,7 @@ def naive(i: Inputs, old_logps: Tensor, advantages: Tensor, entropy: bool) -> Te
 
 
 def whole_matrix(i: Inputs, old_logps: Tensor, advantages: Tensor) -> Tensor:
-    """The step as TRL's PPOTrainer wrote it until it was removed (0.22, ppo_trainer.py): temperature, log_softmax, and
-    the entropy from the softmax of the whole matrix."""
+    """A line a formula, as PPO loops are written: logits over a temperature, log-softmax, entropy of the softmax."""
     logits = i.hidden @ i.weight.T
     logits = logits / (1.0 + 1e-7)
     logps = log_probs(logits, i.targets)[0]

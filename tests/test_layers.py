@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types"},
     "models": {"types"},
     "reference": {"types", "ops", "data", "models"},
+    "integrations": {"types", "ops", "losses", "linear", "models"},
     "rollouts": {"types", "models", "reference"},  # reference: one way to score sequences
     "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference", "rollouts"},
 }

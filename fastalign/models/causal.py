@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
 from fastalign.models.inference import evaluating
 
-__all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "unfuse_head"]
+__all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "run_head", "unfuse_head"]
 
 Model = TypeVar("Model", bound=nn.Module)
 HeadFn = Callable[[Tensor, Head], Any]
@@ -34,7 +34,9 @@ _PROBE_LOGIT = 100.0  # the probe is amplified until some logit reaches this, so
 
 
 def fuse_head(model: Model, *, verify: bool = True) -> Model:
-    """Give a transformers causal LM, or a PeftModel around one, the forward argument `head_fn`; in place, idempotent.
+    """Give a transformers causal LM the forward argument `head_fn`; in place, idempotent.
+
+    The model may be inside PEFT's, DistributedDataParallel's or torch.compile's wrapper.
 
     `model(..., head_fn=fn)` runs the backbone and returns `fn(hidden, head)`: hidden (B, T, H), the backbone's last
     hidden states; head a `Head`. With `output_router_logits=True` (Mixture-of-Experts models, see `has_router_loss`)
@@ -116,12 +118,16 @@ def _fused_forward(cls: type[PreTrainedModel]) -> Callable[..., Any]:
     def forward(self: PreTrainedModel, *args: Any, head_fn: HeadFn | None = None, **kwargs: Any) -> Any:
         if head_fn is None:
             return getattr(self, _ORIGINAL)(*args, **kwargs)
-        return _forward_to(head_fn, self, args, kwargs)
+        return run_head(self, head_fn, args, kwargs)
 
     return forward
 
 
-def _forward_to(head_fn: HeadFn, base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_head(base: PreTrainedModel, head_fn: HeadFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a fused model: the backbone on `args` and `kwargs`, then `head_fn(hidden, head)`; see `fuse_head`.
+
+    base: the causal language model itself, without wrappers. Raises ValueError for arguments that need logits.
+    """
     for name in ("labels", "logits_to_keep"):
         if (value := kwargs.pop(name, None)) is not None and not (isinstance(value, int) and value == 0):
             raise ValueError(

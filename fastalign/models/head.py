@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import is_compiled_module
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -33,7 +34,11 @@ class Head(NamedTuple):
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
+    """The transformers model inside PEFT's, DistributedDataParallel's and torch.compile's wrappers."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    while (inner := _inside(model)) is not None:
+        model = inner
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
     if not isinstance(base, PreTrainedModel):
@@ -41,6 +46,12 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
             f"expected a transformers causal language model (or a PeftModel around one), got {type(base).__name__}"
         )
     return base
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return getattr(model, "_orig_mod", None) if is_compiled_module(model) else None
 
 
 def find_head(model: nn.Module) -> Head:

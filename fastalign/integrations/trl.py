@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import MethodType
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ _OUTPUTS = {
 """TRL's per-token outputs, and the arguments of `linear_logps` that ask for them."""
 _FIELDS = {"loss", "label_mask", "aux_loss", *_OUTPUTS}
 _MARK = "_fastalign_trl"
+_PREPARED = "_original_forward"  # where accelerate keeps the forward that it wraps
 
 
 class _Settings(NamedTuple):
@@ -74,7 +75,8 @@ def patch_trl(
             continue
         check_local(base)
         planned.append((base, _settings_of(base)))
-        verify_head(model)
+        with _without_autocast(base):
+            verify_head(model)
     removers = [_install(base, settings, options, trainer.accelerator.autocast) for base, settings in planned]
 
     def undo() -> None:
@@ -93,6 +95,18 @@ def _check_trainer(trainer: Any) -> None:
             raise ValueError(f"{name} runs with {feature}, which is not supported yet: use DistributedDataParallel")
     if getattr(trainer.args, "torch_compile", False):
         raise ValueError(f"{name} runs with torch_compile=True, which is not supported: accepted is False")
+
+
+@contextlib.contextmanager
+def _without_autocast(base: PreTrainedModel) -> Iterator[None]:
+    """Inside, the forward is the one that accelerate wrapped for mixed precision, as it does with reference models."""
+    wrapped, inner = base.__dict__["forward"], base.__dict__.get(_PREPARED)
+    if inner is not None:
+        base.forward = inner
+    try:
+        yield
+    finally:
+        base.forward = wrapped
 
 
 def _is_active(base: PreTrainedModel) -> bool:
@@ -140,8 +154,8 @@ def _install(
 ) -> Callable[[], None]:
     """Answer the calls of `base` that ask for TRL's fused head; returns what undoes it."""
     previous = base.__dict__["forward"]
-    # a forward that is wrapped for mixed precision already enters autocast inside of what is replaced here
-    context = autocast if "_original_forward" in base.__dict__ else contextlib.nullcontext
+    # one that is wrapped for mixed precision already enters autocast inside of what is replaced here
+    context = autocast if _PREPARED in base.__dict__ else contextlib.nullcontext
     active = True
 
     @functools.wraps(type(base).forward)  # `generate` looks at the signature

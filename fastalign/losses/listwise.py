@@ -22,6 +22,7 @@ class Lists(NamedTuple):
     members: Tensor  # (L, K) int64, positions among the C responses; any in the padding
     real: Tensor  # (L, K) bool
     worse: Tensor  # (L, K, K) bool: [l, k, i] where response i of list l is ranked strictly behind its response k
+    count: int  # C
 
     @classmethod
     def of(cls, ranks: Tensor, cu_lists: Tensor) -> Lists:
@@ -34,7 +35,7 @@ class Lists(NamedTuple):
         members = members.to(ranks.device, non_blocking=True)
         ranked = ranks[members]
         worse = (ranked[:, :, None] < ranked[:, None, :]) & real[:, :, None] & real[:, None, :]
-        return cls(members, real, worse)
+        return cls(members, real, worse, len(ranks))
 
     @property
     def best(self) -> Tensor:
@@ -45,6 +46,11 @@ class Lists(NamedTuple):
     def worst(self) -> Tensor:
         """(L, K) bool: no response of the list is ranked behind it."""
         return self.real & ~self.worse.any(dim=2)
+
+    def of_responses(self, places: Tensor) -> Tensor:
+        """(C,) bool: a mask (L, K), False in the padding, as one of the responses."""
+        marked = torch.zeros(self.count, device=places.device)
+        return marked.index_add(0, self.members.flatten(), places.flatten().to(marked.dtype)) > 0
 
     def mean_of_best(self, values: Tensor) -> Tensor:
         """(L,): the mean of (C,) values over the best responses of each list, which are several if they are tied."""

@@ -1,5 +1,6 @@
 """Losses: pure functions of log-probs and rewards, the same on every device."""
 
+from fastalign.losses.catalogue import DPO_LOSSES, DPOLoss
 from fastalign.losses.listwise import LISTWISE_LOSSES, infonce_loss, list_losses, list_metrics, pro_loss
 from fastalign.losses.metrics import (
     correlation_metrics,
@@ -9,7 +10,7 @@ from fastalign.losses.metrics import (
     merge_metrics,
     summarize,
 )
-from fastalign.losses.pairwise import DPO_LOSSES, DPOLoss, check_dpo_options
+from fastalign.losses.options import check_dpo_options
 from fastalign.losses.policy import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -21,20 +22,25 @@ from fastalign.losses.policy import (
     ppo_penalty_loss,
     token_weights,
 )
-from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses
+from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses, sft_scale
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
 from fastalign.losses.rewards import LABEL_LOSSES, bradley_terry_loss, label_loss, ranking_loss
 from fastalign.losses.shaping import RunningMoments, shape_scores, token_rewards
+from fastalign.losses.terms import F_DIVERGENCES, DPOOptions
+from fastalign.losses.unpaired import kto_kl, kto_loss, response_losses, response_metrics
 from fastalign.losses.value import value_loss
+from fastalign.losses.weighting import tail_mask, wpo_weights
 
 __all__ = [
     "AGGREGATIONS",
     "DPO_LOSSES",
+    "F_DIVERGENCES",
     "KL_ESTIMATORS",
     "LABEL_LOSSES",
     "LISTWISE_LOSSES",
     "REDUCTIONS",
     "DPOLoss",
+    "DPOOptions",
     "RunningMoments",
     "bradley_terry_loss",
     "check_dpo_options",
@@ -47,6 +53,8 @@ __all__ = [
     "explained_variance_metrics",
     "infonce_loss",
     "kl_estimate",
+    "kto_kl",
+    "kto_loss",
     "label_loss",
     "list_losses",
     "list_metrics",
@@ -60,9 +68,14 @@ __all__ = [
     "pro_loss",
     "ranking_loss",
     "reduce_losses",
+    "response_losses",
+    "response_metrics",
+    "sft_scale",
     "shape_scores",
     "summarize",
+    "tail_mask",
     "token_rewards",
     "token_weights",
     "value_loss",
+    "wpo_weights",
 ]

@@ -200,7 +200,7 @@ def dpo_loss(
         "chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "tail_logps": tail_logps
     }  # fmt: skip
     scale = sft_scale(loss_type, chosen_lengths, num_chosen_tokens, num_items)
-    losses = pair_losses(*logps, **given, weights=weights, shift=shift, sft_scale=scale, **options)
+    losses = pair_losses(*logps, weights=weights, shift=shift, sft_scale=scale, **(given | options))
     metrics = dpo_metrics(*logps, **given, beta=beta, loss_type=loss_type, ld_alpha=ld_alpha)
     return LossOutput(reduce_losses(losses, reduction, num_items), metrics)
 

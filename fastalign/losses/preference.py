@@ -227,4 +227,7 @@ def sft_scale(
         raise ValueError(f"num_chosen_tokens={num_chosen_tokens}: it must be positive")
     if num_items is None:
         num_items = pairs if chosen_lengths is None else len(chosen_lengths)
-    return None if num_items is None else num_items / num_chosen_tokens
+    if num_items is None:
+        return None
+    # a ratio of integer tensors would be rounded to float32
+    return num_items / (num_chosen_tokens.double() if isinstance(num_chosen_tokens, Tensor) else num_chosen_tokens)

@@ -38,10 +38,10 @@ def linear_loss(
     loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None,
     groups: Tensor | Sequence[int] | str | None = None, inputs: Mapping[str, Tensor] | None = None,
     denominator: float | Tensor | None = 1.0, reduce: bool = True, entropy: bool = False, top1: bool = False,
-    mean_logits: bool = False, rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, metrics_fn: MetricsFn | None = None,
-    backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    log_sum_sq_probs: bool = False, mean_logits: bool = False, rows: Tensor | None = None, bias: Tensor | None = None,
+    temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
+    metrics_fn: MetricsFn | None = None, backend: str = "auto", schedule: str = "auto",
+    workspace_mb: float | None = None,
 ) -> LossOutput:  # fmt: skip
     """Any loss that is a sum over groups of sequences, through the fused head.
 
@@ -49,9 +49,10 @@ def linear_loss(
 
     Args:
         loss_fn: pure function of a chunk of whole groups. It gets the log-probs of the chunk's *scored* tokens (n,),
-            packed sequence after sequence in ascending sequence order (`entropy` only if asked for), `cu_seqlens` (S' +
-            1,) int32 on the host over them, so that its differences are the completion lengths |y|, and the chunk's
-            part of `inputs`. It returns one loss per group (G',), in the order of the groups' first sequences.
+            packed sequence after sequence in ascending sequence order (`entropy` and `log_sum_sq_probs` only if asked
+            for), `cu_seqlens` (S' + 1,) int32 on the host over them, so that its differences are the completion lengths
+            |y|, and the chunk's part of `inputs`. It returns one loss per group (G',), in the order of the groups'
+            first sequences.
         hidden: padded (B, T, H), each row of the batch a sequence; or packed (N, H) with cu_seqlens.
         weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb: as in
             linear_logps; rows must ascend.
@@ -64,6 +65,7 @@ def linear_loss(
         reduce: False returns the losses of all groups (G,), undivided; they are then scored before the loss.
         metrics_fn: called once, without grad, with the log-probs of all scored tokens, their cu_seqlens, and all
             inputs.
+        entropy, log_sum_sq_probs: further outputs for loss_fn and metrics_fn; the second carries no gradient.
         top1, mean_logits: further outputs for metrics_fn.
         schedule: "auto" streams, or overlays where all rows fit (fastalign.ops.schedule); "streamed"; "deferred",
             "overlaid", "cached" and "frozen" score all rows first and let autograd apply loss_fn to all groups at once.
@@ -75,7 +77,7 @@ def linear_loss(
         RuntimeError: a second backward through the streamed loss (its gradients were handed out by the first).
     """
     hidden, weight, bias = check_head(hidden, weight, targets, bias, rows)
-    spec = row_spec(temperature, logit_scale, softcap, entropy, top1, False, mean_logits)
+    spec = row_spec(temperature, logit_scale, softcap, entropy, top1, log_sum_sq_probs, mean_logits)
     layout = Layout.make(hidden, targets, cu_seqlens, groups, rows, ignore_index, weight.shape[0], inputs or {})
     flat = hidden.reshape(-1, hidden.shape[-1])
     needs = needed_gradients(flat, weight, bias)
@@ -97,8 +99,8 @@ def linear_loss(
     else:
         out = linear_logps(
             flat, weight, targets.reshape(-1), bias=bias, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, ignore_index=ignore_index, entropy=entropy, top1=top1, mean_logits=mean_logits,
-            rows=layout.rows, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
+            softcap=softcap, ignore_index=ignore_index, entropy=entropy, top1=top1, log_sum_sq_probs=log_sum_sq_probs,
+            mean_logits=mean_logits, rows=layout.rows, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
         )  # fmt: skip
         everything = layout.everything()
         index = layout.rows_on(flat.device)
@@ -185,7 +187,7 @@ class _Job:
         state = parts[0] if len(parts) == 1 else R.join(parts)
         states.append(state)
         stats = R.finish(state, self.spec)
-        loss, coef = self._coefficients(chunk, stats)
+        loss, coef = self._coefficients(chunk, stats, R.log_sum_sq_probs(state, stats, self.spec))
         if overlaid is not None:
             first = tiles.block(0, step, index[:step])
             tiles.backward(first, *R.cut(stats, coef, 0, step), sinks, overlaid=overlaid, scratch="scratch")
@@ -194,10 +196,12 @@ class _Job:
         engine.recompute(tiles, stats, coef, sinks, index, step if overlaid is not None else 0, block.start)
         return loss
 
-    def _coefficients(self, chunk: Chunk, stats: R.RowStats) -> tuple[Tensor, R.RowCoef]:
+    def _coefficients(
+        self, chunk: Chunk, stats: R.RowStats, log_sum_sq_probs: Tensor | None
+    ) -> tuple[Tensor, R.RowCoef]:
         """Loss of a chunk and, by autograd on its log-probs alone, the gradient coefficients of its rows."""
         leaves = [t.detach().requires_grad_() for t in (stats.logps, stats.lse, stats.entropy) if t is not None]
-        scored = LinearLogps(*leaves)
+        scored = LinearLogps(*leaves)._replace(log_sum_sq_probs=log_sum_sq_probs)
         with torch.enable_grad():
             loss = chunk.losses(self.loss_fn, self.layout, scored).sum() / self.denominator
         if not loss.requires_grad:
@@ -214,8 +218,8 @@ class _Job:
         stats = R.finish(state, self.spec)
         targets = tiles.targets.index_select(0, tiles.rows) if tiles.rows is not None else tiles.targets
         return LinearLogps(
-            stats.logps, stats.lse, stats.entropy, state.argmax == targets if self.spec.top1 else None, None,
-            engine.mean_logits(tiles, state) if self.mean_logits else None,
+            stats.logps, stats.lse, stats.entropy, state.argmax == targets if self.spec.top1 else None,
+            R.log_sum_sq_probs(state, stats, self.spec), engine.mean_logits(tiles, state) if self.mean_logits else None,
         )  # fmt: skip
 
 

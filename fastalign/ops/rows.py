@@ -120,6 +120,11 @@ def finish(state: RowState, spec: RowSpec) -> RowStats:
     return RowStats(values[MAX], log_sum, values[TARGET], (values[TARGET] - values[MAX]) - log_sum, entropy)
 
 
+def log_sum_sq_probs(state: RowState, stats: RowStats, spec: RowSpec) -> Tensor | None:
+    """log Σ_v p_v² of finished rows, (n,) float32; None where spec.sum_sq did not ask for it."""
+    return state.values[SUM_SQ].log() - 2 * stats.log_sum if spec.sum_sq else None
+
+
 def coefficients(
     stats: RowStats, grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None
 ) -> RowCoef:

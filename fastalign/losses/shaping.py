@@ -126,6 +126,20 @@ def shape_scores(
     return shaped
 
 
+@torch.no_grad()
+def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment of length (arXiv 2503.14476 eq. 13), as a share of the full one.
+
+        clip((|y| − (max_length − buffer)) / buffer, 0, 1)
+
+    lengths: (B,) tokens of each completion. buffer: the last tokens before max_length, over which it rises.
+    Returns (B,) float32 in [0, 1]. Raises ValueError for a buffer outside [1, max_length].
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer={buffer}: it must be positive and at most max_length={max_length}")
+    return ((lengths.to(torch.float32) - (max_length - buffer)) / buffer).clamp(0, 1)
+
+
 class RunningMoments:
     """Mean and variance of every score ever seen, as if all were at hand at once, however they came in batches.
 

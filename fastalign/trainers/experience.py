@@ -17,6 +17,7 @@ from fastalign.losses import (
     shape_scores,
     token_rewards,
 )
+from fastalign.losses.shaping import overlong_penalty
 from fastalign.ops import discounted_returns, gae, group_advantages, whiten
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.types import Metric
@@ -50,12 +51,13 @@ class TokenGrid:
 class Experience:
     """What an update trains on, (n,) float32 each, in the order of the batch's rows; and the phase's metrics.
 
-    returns: None without a critic.
+    returns: None without a critic. kept: (S,) bool, on the host, the completions that filter_groups keeps; None: all.
     """
 
     advantages: Tensor
     returns: Tensor | None
     metrics: dict[str, Metric]
+    kept: np.ndarray | None = None
 
 
 @torch.no_grad()
@@ -91,6 +93,9 @@ def make_experience(
     shaped = shape_scores(
         raw, moments=moments, clip=args.score_clip, finished=finished, missing_eos_penalty=args.missing_eos_penalty
     )
+    if args.overlong_buffer is not None:
+        share = overlong_penalty(grid.mask.sum(1), max_length=args.response_length, buffer=args.overlong_buffer)
+        shaped = shaped - args.overlong_penalty * share
     own = grid.spread(logps)
     reference = None if ref_logps is None else grid.spread(ref_logps)
     rewards, kl = token_rewards(
@@ -120,9 +125,21 @@ def make_experience(
     if flat_returns is not None:
         assert values is not None
         metrics |= explained_variance_metrics("val/explained_variance", values, flat_returns)
+    kept = _with_spread(shaped, args.num_generations) if args.filter_groups else None
+    if kept is not None:
+        metrics["completions/filtered_ratio"] = _mean((~kept).float())
     if not counts:
         metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
-    return Experience(advantages=grid.gather(advantages), returns=flat_returns, metrics=metrics)
+    return Experience(
+        advantages=grid.gather(advantages), returns=flat_returns, metrics=metrics,
+        kept=None if kept is None else kept.cpu().numpy(),
+    )  # fmt: skip
+
+
+def _with_spread(scores: Tensor, num_generations: int) -> Tensor:
+    """(S,) bool: whether the completions of the same prompt were scored in more than one way."""
+    groups = scores.view(-1, num_generations)
+    return (groups.amax(1) != groups.amin(1)).repeat_interleave(num_generations)
 
 
 def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +150,9 @@ def _advantages(args: PPOConfig, rewards: Tensor, values: Tensor | None, mask: T
     if args.advantage_estimator == "reinforce":
         return discounted_returns(rewards, mask, gamma=args.gamma), None
     groups = torch.arange(len(rewards), device=rewards.device) // args.num_generations
-    whole = group_advantages(rewards.sum(1), groups, estimator=args.advantage_estimator, scale=args.scale_rewards)
+    whole = group_advantages(
+        rewards.sum(1), groups, estimator=str(args.advantage_estimator), scale=bool(args.scale_rewards)
+    )
     return torch.where(mask, whole[:, None], 0.0), None
 
 

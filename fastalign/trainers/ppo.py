@@ -162,7 +162,7 @@ class PPOTrainer(PassesTrainer):
         self._phase_tokens = int(np.sum(batch["lengths"]))
         self._tokens += self._phase_tokens
         model.train()
-        output = self.update_on(model, batch)
+        output = self.update_on(model, batch, experience.kept)
         phase = Meter()
         for metrics in (experience.metrics, output.metrics):
             phase.update(metrics)

@@ -6,12 +6,16 @@ import logging
 from dataclasses import dataclass, field
 
 from fastalign.losses import AGGREGATIONS, KL_ESTIMATORS
+from fastalign.losses.policy_options import IMPORTANCE_SAMPLING_LEVELS, POLICY_LOSSES
+from fastalign.losses.sampler import SAMPLER_CORRECTIONS
 from fastalign.trainers.config import REFUSED, TrainerConfig, described
 from fastalign.trainers.ppo_settings import (
     ADVANTAGE_ESTIMATORS,
     KL_CONTROLLERS,
-    POLICY_LOSSES,
+    OF_LOSS_TYPE,
+    POLICY_UPDATES,
     check_ppo_settings,
+    of_loss_type,
 )
 
 DEFAULT_ROLLOUT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -102,11 +106,23 @@ class PPOConfig(TrainerConfig):
     missing_eos_penalty: float | None = field(
         default=None, metadata=described("Taken off the score of a completion that did not end by itself.")
     )
+    overlong_buffer: int | None = field(
+        default=None,
+        metadata=described(
+            "Tokens before response_length over which a penalty on length rises from 0 to overlong_penalty (DAPO)."
+        ),
+    )
+    overlong_penalty: float = field(
+        default=1.0, metadata=described("Taken off the score of a completion of response_length tokens.")
+    )
     normalize_scores: bool = field(
         default=False, metadata=described("Bring scores to mean 0 and deviation 1 of all scores so far.")
     )
     score_clip: float | None = field(default=None, metadata=described("Clip scores to ± this, after normalising."))
-    kl_coef: float = field(default=0.05, metadata=described("Weight of the KL to the reference in the token rewards."))
+    kl_coef: float | None = field(
+        default=None,
+        metadata=described("Weight of the KL to the reference in the token rewards. " + of_loss_type("kl_coef")),
+    )
     kl_estimator: str = field(
         default="k1",
         metadata=described(
@@ -128,17 +144,26 @@ class PPOConfig(TrainerConfig):
     )
 
     # ---- advantages
-    advantage_estimator: str = field(
-        default="gae",
+    advantage_estimator: str | None = field(
+        default=None,
         metadata=described(
-            "gae: with a critic; group: GRPO's; rloo: the mean of the others; reinforce: the return itself.",
+            "gae: with a critic; group: GRPO's; rloo: the mean of the others; reinforce: the return itself. "
+            + of_loss_type("advantage_estimator"),
             choices=ADVANTAGE_ESTIMATORS,
         ),
     )
     gamma: float = field(default=1.0, metadata=described("Discount factor."))
     lam: float = field(default=0.95, metadata=described("GAE's lambda."))
-    scale_rewards: bool = field(
-        default=True, metadata=described("Divide group advantages by their deviation; false is Dr. GRPO.")
+    scale_rewards: bool | None = field(
+        default=None,
+        metadata=described("Divide group advantages by their deviation. " + of_loss_type("scale_rewards")),
+    )
+    filter_groups: bool = field(
+        default=False,
+        metadata=described(
+            "Leave out the completions of a prompt that were all scored the same: they have no advantage, and do not "
+            "count in a mean. DAPO's dynamic sampling, without sampling others in their place."
+        ),
     )
     whiten_advantages: bool | None = field(
         default=None,
@@ -148,28 +173,72 @@ class PPOConfig(TrainerConfig):
     )
 
     # ---- losses
-    policy_loss: str = field(
-        default="clip", metadata=described("PPO's clip or penalty, or a TRPO step.", choices=POLICY_LOSSES)
+    loss_type: str = field(
+        default="ppo",
+        metadata=described(
+            "The method: what the fields are whose default is said to be that of loss_type.",
+            choices=tuple(POLICY_LOSSES),
+        ),
     )
-    cliprange: float = field(default=0.2, metadata=described("How far the ratio may usefully move from 1."))
+    policy_loss: str = field(
+        default="clip",
+        metadata=described(
+            "What holds an update: the clip of loss_type; PPO's penalty or a TRPO step, for loss_type ppo.",
+            choices=POLICY_UPDATES,
+        ),
+    )
+    importance_sampling_level: str | None = field(
+        default=None,
+        metadata=described(
+            "Whether a token's ratio is its own, that of its sequence (GSPO), or that with its own gradient "
+            "(GSPO-token). " + of_loss_type("importance_sampling_level"),
+            choices=IMPORTANCE_SAMPLING_LEVELS,
+        ),
+    )
+    cliprange: float | None = field(
+        default=None,
+        metadata=described("How far the ratio may usefully move from 1. " + of_loss_type("cliprange")),
+    )
     cliprange_high: float | None = field(
-        default=None, metadata=described("Its upper side, if another one (clip-higher); by default cliprange.")
+        default=None,
+        metadata=described(
+            "Its upper side, if another one (clip-higher); in cispo the cap of the ratio is 1 + this. By default "
+            + ", ".join(
+                f"{v.epsilon_high:g} in {n}" for n, v in POLICY_LOSSES.items() if v.epsilon_high != v.epsilon_low
+            )
+            + ", else cliprange."
+        ),
     )
     dual_clip: float | None = field(
-        default=None, metadata=described("Above 1: bounds the ratio where the advantage is negative.")
+        default=None, metadata=described("Above 1: bounds the ratio where the advantage is negative. Not in cispo.")
     )
+    sampler_correction: str | None = field(
+        default=None,
+        metadata=described(
+            "Weigh each token's loss, or each sequence's, by how much likelier the trainer finds it than the sampler "
+            "did: up to sampler_cap (truncate), or 0 above it (mask). For engines that compute in another way.",
+            choices=SAMPLER_CORRECTIONS,
+        ),
+    )
+    sampler_cap: float = field(default=2.0, metadata=described("The largest such weight."))
     penalty_coef: float = field(default=1.0, metadata=described("First coefficient of policy_loss penalty."))
     penalty_target: float = field(
         default=0.01, metadata=described("Nats per token of an update, at which that coefficient stays as it is.")
     )
     trpo_max_kl: float = field(default=0.01, metadata=described("Nats per token that a TRPO step may move."))
-    kl_loss_coef: float = field(default=0.0, metadata=described("Weight of the KL to the reference in the loss."))
+    kl_loss_coef: float | None = field(
+        default=None,
+        metadata=described("Weight of the KL to the reference in the loss. " + of_loss_type("kl_loss_coef")),
+    )
     kl_loss_estimator: str = field(
         default="k3", metadata=described("Estimator of that KL; k1 has no gradient.", choices=tuple(KL_ESTIMATORS))
     )
     entropy_coef: float = field(default=0.0, metadata=described("Weight of the entropy bonus."))
-    loss_aggregation: str = field(
-        default="token_mean", metadata=described("How the tokens' losses become one.", choices=AGGREGATIONS)
+    loss_aggregation: str | None = field(
+        default=None,
+        metadata=described(
+            "How the tokens' losses become one. " + of_loss_type("loss_aggregation"), choices=AGGREGATIONS
+        ),
     )
     vf_coef: float = field(default=0.1, metadata=described("Weight of the critic's loss."))
     cliprange_value: float | None = field(
@@ -200,6 +269,11 @@ class PPOConfig(TrainerConfig):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
         super().__post_init__()
+        if self.loss_type not in POLICY_LOSSES:
+            raise ValueError(f"loss_type={self.loss_type!r}: accepted are {', '.join(POLICY_LOSSES)}")
+        for name, option in OF_LOSS_TYPE.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(POLICY_LOSSES[self.loss_type], option))
         check_ppo_settings(self)
         if self.kl_estimator != "k1" and self.kl_coef:
             logger.warning(
@@ -208,8 +282,11 @@ class PPOConfig(TrainerConfig):
             )  # fmt: skip
 
     @property
-    def epsilon_high(self) -> float:
-        return self.cliprange if self.cliprange_high is None else self.cliprange_high
+    def epsilon_high(self) -> float | None:
+        if self.cliprange_high is not None:
+            return self.cliprange_high
+        own = POLICY_LOSSES[self.loss_type]
+        return self.cliprange if own.epsilon_high == own.epsilon_low else own.epsilon_high
 
     @property
     def max_completion_length(self) -> int | None:
@@ -239,4 +316,4 @@ class PPOConfig(TrainerConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or self.kl_loss_coef > 0 or self.kl_controller != "fixed"
+        return bool(self.kl_coef or self.kl_loss_coef) or self.kl_controller != "fixed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from fastalign.trainers.batches import Batch, select_examples, split_batch
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.ppo_state import PPOState
 from fastalign.trainers.ppo_trpo import policy_trpo_step, trpo_metrics
-from fastalign.trainers.ppo_update import policy_value_loss
-from fastalign.types import LossOutput, Metric
+from fastalign.trainers.ppo_update import policy_value_loss, scored_sequences
+from fastalign.types import IGNORE_INDEX, LossOutput, Metric
 
 KL = "policy/approxkl_k3"
 _NO_LOSS = "a batch of prompts has no loss: a step samples, scores and updates. Call train(), or evaluate() for metrics"
@@ -28,8 +29,11 @@ class PassesTrainer(ActorCriticTrainer):
     args: PPOConfig
     run: PPOState
 
-    def update_on(self, model: nn.Module, batch: Batch) -> LossOutput:
+    def update_on(self, model: nn.Module, batch: Batch, kept: np.ndarray | None = None) -> LossOutput:
         """num_ppo_epochs passes over a phase: the mean loss of its mini-batches, and what is known of them as a whole.
+
+        kept: (S,) bool, the completions to train on, where there is a filter; None: all of them. A phase of which
+        nothing is kept, in any process, changes nothing and has no metrics.
 
         Metrics: val/ratio_var, the variance of the mini-batches' mean ratios (TRL's), and val/first_approxkl, that of
         the first mini-batch, before any update. Those of each mini-batch go to the trainer's meter.
@@ -40,10 +44,12 @@ class PassesTrainer(ActorCriticTrainer):
             self._train_meter.update(trpo_metrics(result, self.args.device))
             if not self.actor_critic.has_critic:
                 return LossOutput(torch.full((), -result.improvement, device=self.args.device), {})
-        members = self._members(len(batch["lengths"]))
+        members = self._members(len(batch["lengths"]), kept)
+        if not members:
+            return LossOutput(torch.zeros((), device=self.args.device), {})
         outputs = []
         for index, part in enumerate(members):
-            outputs.append(self._mini_batch(model, select_examples(batch, part)))
+            outputs.append(self._mini_batch(model, _selected(batch, part)))
             self._train_meter.update(outputs[-1].metrics)
             if index < len(members) - 1:
                 if self.args.max_grad_norm > 0:
@@ -62,12 +68,28 @@ class PassesTrainer(ActorCriticTrainer):
         """The critic is trained alone, the policy stays as it is."""
         return self.state.global_step < self.args.critic_warmup_steps
 
-    def _members(self, count: int) -> list[np.ndarray]:
-        """The completions of each mini-batch, pass after pass, ascending; drawn from the seed and the step."""
+    def _members(self, count: int, kept: np.ndarray | None = None) -> list[np.ndarray]:
+        """The completions of each mini-batch, pass after pass, ascending; drawn from the seed and the step.
+
+        With a filter there are as many mini-batches as without, of about equal size, unless some process has fewer
+        completions than that; the number is the same in all of them. A process with none takes part with empty ones.
+        """
         rng = np.random.default_rng([self.args.seed, self.state.global_step, self.accelerator.process_index])
         orders = [rng.permutation(count) for _ in range(self.args.num_ppo_epochs)]
         size = self.args.mini_batch_size
-        return [np.sort(order[i : i + size]) for order in orders for i in range(0, count, size)]
+        if kept is None:
+            return [np.sort(order[i : i + size]) for order in orders for i in range(0, count, size)]
+        number = self._filtered_mini_batches(math.ceil(count / size), int(kept.sum()))
+        if number == 0:
+            return []
+        return [np.sort(part) for order in orders for part in np.array_split(order[kept[order]], number)]
+
+    def _filtered_mini_batches(self, unfiltered: int, kept: int) -> int:
+        """Of a pass, in every process; each has a completion in some process. 0 where nothing is kept."""
+        each = torch.zeros(self.accelerator.num_processes, device=self.args.device)
+        each[self.accelerator.process_index] = kept
+        fewest, most = self._sum_over_processes(each).aminmax()
+        return min(unfiltered, max(int(fewest), 1)) if most else 0
 
     def _mini_batch(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`.
@@ -75,7 +97,9 @@ class PassesTrainer(ActorCriticTrainer):
         The loss, detached, is this process's share times their number: its mean over processes is that of the whole.
         """
         processes, warmup = self.accelerator.num_processes, self._warms_up
-        counts = torch.tensor([len(batch["rows"]), len(batch["lengths"])], dtype=torch.float32, device=self.args.device)
+        counts = torch.tensor(
+            [len(batch["rows"]), scored_sequences(batch)], dtype=torch.float32, device=self.args.device
+        )
         tokens, sequences = self._sum_over_processes(counts)
         policy_coef: float | None = 1.0
         if self.args.policy_loss == "trpo" or (warmup and processes == 1):
@@ -120,3 +144,16 @@ class PassesTrainer(ActorCriticTrainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(_NO_LOSS)
+
+
+def _selected(batch: Batch, part: np.ndarray) -> Batch:
+    """Some completions of a phase; in place of none the first one, without a token that counts, so that a process
+    without completions of its own has a loss to take part with."""
+    if len(part):
+        return select_examples(batch, part)
+    empty = select_examples(batch, np.zeros(1, dtype=np.int64))
+    rows = ("rows", "old_logps", "advantages", "ref_logps", "sampler_logps", "old_values", "returns")
+    empty |= {name: empty[name][:0] for name in rows if name in empty}
+    return empty | {
+        "targets": torch.full_like(empty["targets"], IGNORE_INDEX), "cu_seqlens": np.zeros(2, dtype=np.int32)
+    }  # fmt: skip

@@ -134,6 +134,8 @@ class Collector:
         batch["old_logps"] = self._flat(logps)
         if self.reference is not None:
             batch["ref_logps"] = self._flat(self._ref_logps(samples, *self.reference))
+        if args.sampler_correction is not None:
+            batch["sampler_logps"] = self._flat(self._sampler_logps(completions))
         if self.model.has_critic:
             batch["old_values"] = self._values(batch)
         experience = make_experience(
@@ -168,6 +170,15 @@ class Collector:
             reference, token_sequences(samples), adapter=adapter, temperature=self.args.temperature,
             autocast=self.autocast, batch_tokens=self.tokens,
         )  # fmt: skip
+
+    def _sampler_logps(self, completions: list[Completion]) -> list[np.ndarray]:
+        found = [completion.logps for completion in completions if completion.logps is not None]
+        if len(found) < len(completions):
+            raise ValueError(
+                f"sampler_correction={self.args.sampler_correction!r} needs the sampler's log-probs of its tokens, and "
+                f"{type(self.sampler).__name__} gave none"
+            )
+        return found
 
     def _flat(self, logps: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(logps)).to(self.args.device)

@@ -6,34 +6,60 @@ import math
 from typing import TYPE_CHECKING
 
 from fastalign.losses import KL_ESTIMATORS, check_policy_options
+from fastalign.losses.policy_options import POLICY_LOSSES
+from fastalign.losses.sampler import check_sampler_options
 
 if TYPE_CHECKING:
     from fastalign.trainers.ppo_config import PPOConfig
 
 ADVANTAGE_ESTIMATORS = ("gae", "group", "rloo", "reinforce")
 """Where advantages come from: a critic; the other answers to the prompt (GRPO, RLOO); the return itself."""
-POLICY_LOSSES = ("clip", "penalty", "trpo")
+POLICY_UPDATES = ("clip", "penalty", "trpo")
 KL_CONTROLLERS = ("fixed", "adaptive")
+
+# Fields whose default is that of the loss type, and what they are called there.
+OF_LOSS_TYPE = {
+    "advantage_estimator": "advantage_estimator", "scale_rewards": "scale_rewards", "kl_coef": "kl_coef",
+    "kl_loss_coef": "kl_loss_coef", "importance_sampling_level": "importance_sampling_level",
+    "cliprange": "epsilon_low", "loss_aggregation": "aggregation",
+}  # fmt: skip
+
+
+def of_loss_type(name: str) -> str:
+    """The defaults of a field by loss type, in words: the last, commonest one without names."""
+    names: dict[str, list[str]] = {}
+    for loss_type, variant in POLICY_LOSSES.items():
+        names.setdefault(_plain(getattr(variant, OF_LOSS_TYPE[name])), []).append(loss_type)
+    *rare, (commonest, _) = sorted(names.items(), key=lambda entry: len(entry[1]))
+    return "By default " + "".join(f"{value} in {', '.join(types)}; " for value, types in rare) + f"else {commonest}."
+
+
+def _plain(value: str | float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+
 
 # What each choice leaves without effect.
 _CRITICS = (
     "value_model_path", "value_head", "critic_warmup_steps", "critic_learning_rate", "vf_coef", "cliprange_value", "lam"
 )  # fmt: skip
 _UNUSED_BY_ESTIMATOR = {
-    "gae": ("scale_rewards",),
+    "gae": ("scale_rewards", "filter_groups"),
     "group": (*_CRITICS, "gamma"),
     "rloo": (*_CRITICS, "gamma", "scale_rewards"),
-    "reinforce": (*_CRITICS, "scale_rewards"),
+    "reinforce": (*_CRITICS, "scale_rewards", "filter_groups"),
 }
 _UNUSED = (
     "router_aux_loss_coef", "truncation_mode", "neftune_noise_alpha", "auto_find_batch_size", "torch_empty_cache_steps"
 )  # fmt: skip
 _PENALTY = ("penalty_coef", "penalty_target")
-_CLIP = ("cliprange", "cliprange_high", "dual_clip", "kl_loss_coef", "entropy_coef")
+_CLIP = (
+    "loss_type", "importance_sampling_level", "cliprange", "cliprange_high", "dual_clip", "sampler_correction",
+    "kl_loss_coef", "entropy_coef",
+)  # fmt: skip
 _UNUSED_BY_LOSS = {
     "clip": (*_PENALTY, "trpo_max_kl"),
     "penalty": (*_CLIP, "trpo_max_kl"),
-    "trpo": (*_CLIP, *_PENALTY, "loss_aggregation"),
+    "trpo": (*_CLIP, *_PENALTY, "loss_aggregation", "filter_groups"),
 }
 
 
@@ -48,25 +74,31 @@ def check_ppo_settings(config: PPOConfig) -> None:
 
 def _check_choices(config: PPOConfig) -> None:
     check_policy_options(
+        loss_type=config.loss_type, importance_sampling_level=config.importance_sampling_level,
         epsilon_low=config.cliprange, epsilon_high=config.epsilon_high, dual_clip=config.dual_clip,
-        kl_coef=config.kl_loss_coef, kl_estimator=config.kl_loss_estimator, entropy_coef=config.entropy_coef,
+        kl_coef=config.kl_loss_coef or 0.0, kl_estimator=config.kl_loss_estimator, entropy_coef=config.entropy_coef,
         aggregation=config.loss_aggregation, max_completion_length=config.max_completion_length,
     )  # fmt: skip
     for name, choices in (
         ("advantage_estimator", ADVANTAGE_ESTIMATORS),
-        ("policy_loss", POLICY_LOSSES),
+        ("policy_loss", POLICY_UPDATES),
         ("kl_controller", KL_CONTROLLERS),
         ("kl_estimator", tuple(KL_ESTIMATORS)),
     ):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r}: accepted are {', '.join(choices)}")
+    if config.sampler_correction is not None:
+        check_sampler_options(config.sampler_correction, config.sampler_cap, has_sampler_logps=True)
 
 
 def _check_numbers(config: PPOConfig) -> None:
     for name in ("num_mini_batches", "num_ppo_epochs", "num_generations", "response_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: it must be at least 1")
-    for name in ("kl_coef", "vf_coef", "kl_loss_coef", "critic_warmup_steps", "min_response_length", "penalty_coef"):
+    for name in (
+        "kl_coef", "vf_coef", "kl_loss_coef", "critic_warmup_steps", "min_response_length", "penalty_coef",
+        "overlong_penalty",
+    ):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)}: it must be at least 0 and finite")
     for name in ("gamma", "lam"):
@@ -79,6 +111,11 @@ def _check_numbers(config: PPOConfig) -> None:
     for name in positive:
         if (value := getattr(config, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: it must be positive")
+    if config.overlong_buffer is not None and not 0 < config.overlong_buffer <= config.response_length:
+        raise ValueError(
+            f"overlong_buffer={config.overlong_buffer}: it must be positive and at most "
+            f"response_length={config.response_length}"
+        )
 
 
 def _check_combinations(config: PPOConfig) -> None:
@@ -128,11 +165,13 @@ def _check_amounts(config: PPOConfig) -> None:
 def _check_effects(config: PPOConfig) -> None:
     """Refuse what was set and would be ignored."""
     without = {
-        f"advantage_estimator={config.advantage_estimator!r}": _UNUSED_BY_ESTIMATOR[config.advantage_estimator],
+        f"advantage_estimator={config.advantage_estimator!r}": _UNUSED_BY_ESTIMATOR[str(config.advantage_estimator)],
         f"policy_loss={config.policy_loss!r}": _UNUSED_BY_LOSS[config.policy_loss],
         "kl_controller='fixed'": ("kl_horizon",) if config.kl_controller == "fixed" else (),
         "kl_loss_coef=0": () if config.kl_loss_coef else ("kl_loss_estimator",),
         "kl_coef=0": () if config.kl_coef else ("kl_estimator",),
+        "sampler_correction=None": () if config.sampler_correction else ("sampler_cap",),
+        "overlong_buffer=None": () if config.overlong_buffer else ("overlong_penalty",),
         "policy_loss='trpo' and no critic": (
             ("num_ppo_epochs",) if config.policy_loss == "trpo" and config.advantage_estimator != "gae" else ()
         ),
@@ -140,10 +179,12 @@ def _check_effects(config: PPOConfig) -> None:
     }
     for cause, names in without.items():
         for name in names:
-            spec = type(config).__dataclass_fields__[name]
-            if getattr(config, name) != spec.default:
+            default = type(config).__dataclass_fields__[name].default
+            if name in OF_LOSS_TYPE:
+                default = getattr(POLICY_LOSSES[config.loss_type], OF_LOSS_TYPE[name])
+            if getattr(config, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(config, name)!r} has no effect with {cause}; accepted is {spec.default!r}"
+                    f"{name}={getattr(config, name)!r} has no effect with {cause}; accepted is {default!r}"
                 )
     if getattr(config, "include_num_input_tokens_seen", "no") not in ("no", False):
         raise ValueError("include_num_input_tokens_seen is not supported: num_tokens is logged; accepted is 'no'")

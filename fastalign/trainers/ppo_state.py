@@ -14,6 +14,7 @@ class PPOState:
     """kl: controller of kl_coef. penalty: of penalty_coef. moments: of all scores, or None. episodes: so far."""
 
     def __init__(self, args: PPOConfig) -> None:
+        assert args.kl_coef is not None  # a config has its loss type's
         self.kl: KLController = FixedKLController(args.kl_coef)
         if args.kl_controller == "adaptive":
             assert args.target_kl is not None

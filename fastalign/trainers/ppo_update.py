@@ -26,6 +26,7 @@ _POLICY_NAMES = {
     "ratio": "val/ratio",
     "kl": "policy/kl",
     "entropy": "policy/entropy_avg",
+    "sampler_capped": "sampling/capped_fraction",
 }
 _VALUE_NAMES = {"clip_fraction": "val/clipfrac_avg"}
 
@@ -57,7 +58,7 @@ def policy_value_loss(
         loss = loss + policy_coef * policy.loss
     if policy is not None and policy_coef:
         metrics |= {_POLICY_NAMES[name]: metric for name, metric in policy.metrics.items() if name in _POLICY_NAMES}
-        share = len(rows) if args.loss_aggregation == "token_mean" else len(batch["cu_seqlens"]) - 1
+        share = len(rows) if args.loss_aggregation == "token_mean" else scored_sequences(batch)
         metrics["loss/policy_avg"] = Metric(policy.loss.detach() * items, torch.full_like(policy.loss.detach(), share))
     if values is not None:
         critic = value_loss(
@@ -71,6 +72,11 @@ def policy_value_loss(
     return LossOutput(loss, metrics)
 
 
+def scored_sequences(batch: Batch) -> int:
+    """How many sequences have a token that counts."""
+    return int(np.count_nonzero(np.diff(batch["cu_seqlens"])))
+
+
 def _padded(flat: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """(n,) values of the rows as (B, T), zero elsewhere."""
     index = rows.to(flat.device, non_blocking=True)
@@ -78,8 +84,14 @@ def _padded(flat: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _given(batch: Batch, rows: Tensor, device: torch.device) -> dict[str, Any]:
-    names = [name for name in ("old_logps", "advantages", "ref_logps") if name in batch]
+    names = [name for name in ("old_logps", "advantages", "ref_logps", "sampler_logps") if name in batch]
     return {name: _padded(batch[name], rows, batch["targets"]).to(device) for name in names}
+
+
+def _correction(batch: Batch, args: PPOConfig) -> dict[str, Any]:
+    if "sampler_logps" not in batch:
+        return {}
+    return {"sampler_correction": args.sampler_correction, "sampler_cap": args.sampler_cap}
 
 
 def _clip_loss(
@@ -87,9 +99,11 @@ def _clip_loss(
 ) -> LossOutput:
     return linear_ppo_loss(
         hidden, head.weight, batch["targets"].to(hidden.device), **_given(batch, rows, hidden.device), rows=rows,
+        loss_type=args.loss_type, importance_sampling_level=args.importance_sampling_level,
         epsilon_low=args.cliprange, epsilon_high=args.epsilon_high, dual_clip=args.dual_clip,
-        kl_coef=args.kl_loss_coef, kl_estimator=args.kl_loss_estimator, entropy_coef=args.entropy_coef,
+        kl_coef=args.kl_loss_coef or 0.0, kl_estimator=args.kl_loss_estimator, entropy_coef=args.entropy_coef,
         aggregation=args.loss_aggregation, max_completion_length=args.max_completion_length, num_items=items,
+        **_correction(batch, args),
         temperature=args.temperature, token_metrics=args.token_metrics, backend=args.backend, schedule=args.schedule,
         workspace_mb=args.workspace_mb, **head.options,
     )  # fmt: skip
@@ -100,7 +114,7 @@ def _penalty_loss(
 ) -> LossOutput:
     targets = batch["targets"].to(hidden.device)
     weights, denominator = token_weights(
-        targets != IGNORE_INDEX, args.loss_aggregation, items, args.max_completion_length
+        targets != IGNORE_INDEX, str(args.loss_aggregation), items, args.max_completion_length
     )
     given = {name: tensor for name, tensor in _given(batch, rows, hidden.device).items() if name != "ref_logps"}
 

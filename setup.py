@@ -1,8 +1,9 @@
-"""The optional extension `fastalign.kernels._C`; everything else is declared in pyproject.toml.
+"""The packages, and the optional extension `fastalign.kernels._C`; everything else is declared in pyproject.toml.
 
 The C++ row kernels include no torch header, so building them takes a C++17 compiler and pybind11, never torch. Where
 they cannot be built, the build says so in one line and goes on: the torch and triton backends do not need them.
-FASTALIGN_BUILD_EXT=0 leaves them out on purpose.
+FASTALIGN_BUILD_EXT=0 leaves them out on purpose; with FASTALIGN_BUILD_EXT=1, as for wheels that are given to others,
+there is no build without them.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
@@ -32,6 +33,8 @@ class OptionalBuildExt(build_ext):
                 raise CCompilerError(f"no C++ compiler ({compiler[0]}) was found")
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
+            if os.environ.get("FASTALIGN_BUILD_EXT") == "1":
+                raise
             print(
                 f"fastalign: C++ kernels left out: {error}; the torch and triton backends work without them",
                 file=sys.stderr,
@@ -49,7 +52,12 @@ extension = Pybind11Extension(
     depends=HEADERS,
     cxx_std=17,
     extra_compile_args=["/O2" if sys.platform == "win32" else "-O3"],
-    optional=True,
+    optional=os.environ.get("FASTALIGN_BUILD_EXT") != "1",
 )
-wanted = SOURCES and os.environ.get("FASTALIGN_BUILD_EXT", "1") != "0"
-setup(ext_modules=[extension] if wanted else [], cmdclass={"build_ext": OptionalBuildExt})
+wanted = SOURCES and os.environ.get("FASTALIGN_BUILD_EXT", "") != "0"
+setup(
+    packages=[*find_packages(include=["fastalign", "fastalign.*"]), "fastalign.kernels"],
+    package_dir={"fastalign": "fastalign", "fastalign.kernels": "kernels"},
+    ext_modules=[extension] if wanted else [],
+    cmdclass={"build_ext": OptionalBuildExt},
+)

@@ -2,10 +2,12 @@
 
 from fastalign.data.collator import CompletionCollator, PreferenceCollator
 from fastalign.data.completions import prepare_completions
+from fastalign.data.conversions import PAIRINGS, lists_to_pairs, pairs_to_lists
 from fastalign.data.formats import FORMATS
 from fastalign.data.judged import prepare_labelled, prepare_lists
 from fastalign.data.judgements import LABEL_TYPES
 from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
+from fastalign.data.list_collator import ListCollator
 from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
 from fastalign.data.preparation import PreparedData
 from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
@@ -18,11 +20,13 @@ __all__ = [
     "LABEL_TYPES",
     "ON_BAD_ROW",
     "ON_LONG_PROMPT",
+    "PAIRINGS",
     "TRUNCATION_MODES",
     "BadRow",
     "BadRowsError",
     "CompletionCollator",
     "DataReport",
+    "ListCollator",
     "PreferenceCollator",
     "PreferenceData",
     "PreparedData",
@@ -30,7 +34,9 @@ __all__ = [
     "PromptData",
     "Reason",
     "RewardCollator",
+    "lists_to_pairs",
     "load_rows",
+    "pairs_to_lists",
     "prepare_completions",
     "prepare_labelled",
     "prepare_lists",

@@ -27,22 +27,26 @@ def prepare_lists(
     truncation_mode: str = "keep_start",
     on_long_prompt: str = "drop",
     on_bad_row: str = "error",
+    scores: bool = False,
 ) -> PreparedData:
     """Reads, checks and tokenises ranked or scored responses; see `judgements` for the rows.
 
-    Columns: prompt_ids, response_ids (K lists of token ids), ranks (K float32: 1 is best, ties are equal) and row. The
-    arguments are those of `prepare_preferences`; all responses of a row share one prompt.
+    Columns: prompt_ids, response_ids (K lists of token ids), ranks (K float32: 1 is best, ties are equal) and row;
+    with `scores` also scores (K float32), which all rows must have. The other arguments are those of
+    `prepare_preferences`; all responses of a row share one prompt.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     limit = LengthLimit(max_length, truncation_mode, on_long_prompt, tokenizer.bos_token_id)
 
-    def finish(prompt_ids: list[int], responses: list[list[int]], values: list[float]) -> tuple[Any, ...]:
-        return prompt_ids, responses, values
+    def finish(prompt_ids: list[int], responses: list[list[int]], item: Judged) -> tuple[Any, ...]:
+        return prompt_ids, responses, item.values, *([item.scores] if scores else [])
 
     source = open_rows(dataset, split=split, config=config, max_samples=max_samples, columns=LIST_COLUMNS)
-    columns = [("prompt_ids", IDS), ("response_ids", pyarrow.list_(IDS)), ("ranks", pyarrow.list_(pyarrow.float32()))]
-    encode = _encoder(tokenizer, limit, finish)
-    return prepare_rows(source, columns, parse=list_parser(format, has_template), encode=encode, on_bad_row=on_bad_row)
+    numbers = pyarrow.list_(pyarrow.float32())
+    columns = [("prompt_ids", IDS), ("response_ids", pyarrow.list_(IDS)), ("ranks", numbers)]
+    columns += [("scores", numbers)] if scores else []
+    parse = list_parser(format, has_template, scores)
+    return prepare_rows(source, columns, parse=parse, encode=_encoder(tokenizer, limit, finish), on_bad_row=on_bad_row)
 
 
 def prepare_labelled(
@@ -70,8 +74,8 @@ def prepare_labelled(
     has_template = getattr(tokenizer, "chat_template", None) is not None
     limit = LengthLimit(max_length, truncation_mode, on_long_prompt, tokenizer.bos_token_id)
 
-    def finish(prompt_ids: list[int], responses: list[list[int]], values: list[float]) -> tuple[Any, ...]:
-        return prompt_ids, responses[0], values[0]
+    def finish(prompt_ids: list[int], responses: list[list[int]], item: Judged) -> tuple[Any, ...]:
+        return prompt_ids, responses[0], item.values[0]
 
     seen: set[str] = set()
     source = open_rows(dataset, split=split, config=config, max_samples=max_samples, columns=LABEL_COLUMNS)
@@ -91,7 +95,7 @@ def prepare_labelled(
 def _encoder(
     tokenizer: Any,
     limit: LengthLimit,
-    finish: Callable[[list[int], list[list[int]], list[float]], tuple[Any, ...]],
+    finish: Callable[[list[int], list[list[int]], Judged], tuple[Any, ...]],
 ) -> Callable[[list[Judged], DataReport], list[Outcome]]:
     encoder = ResponseEncoder(tokenizer)
 
@@ -120,7 +124,7 @@ def _encoder(
         report.truncated_completions += any(map(_shorter, responses, encoded.responses))
         report.merged_boundaries += encoded.merged
         report.without_eos += sum(encoder.eos_token_id not in ids for ids in encoded.responses)
-        return finish(prompt_ids, responses, item.values)
+        return finish(prompt_ids, responses, item)
 
     return encode
 

@@ -1,6 +1,7 @@
 """Judged responses: a prompt with several responses in an order of preference, or one response with a label.
 
     ranked        {"prompt": ..., "completions": [..., ...], "rank": [2, 1, 2]}       1 is best; equal ranks are ties
+    ranked        {"prompt": ..., "completions": [..., ...], "ranking": "B > A = C"}  see `rankings`
     scored        {"prompt": ..., "completions": [..., ...], "score": [0.3, 2, 0.3]}  higher is better
     labelled      {"prompt": ..., "completion": ..., "label": true}                   good or not: a bool, or 0 and 1
                   {"prompt": ..., "completion": ..., "label": 3.5}                    what its reward should be
@@ -18,15 +19,17 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from fastalign.data.conversations import messages_of
 from fastalign.data.formats import checked_row, is_empty
 from fastalign.data.pairs import Message
 from fastalign.data.prompts import Prompt, prompt_parser
+from fastalign.data.rankings import dense_ranks, parse_ranking
 from fastalign.data.report import Reason, RowError
 
-LIST_COLUMNS = ("prompt", "completions", "rank", "score", "tools", "chat_template_kwargs", "image", "images")
+JUDGEMENTS = ("rank", "ranking", "score")
+"""The columns that say how good each of a row's completions is; a row has one of them."""
+
+LIST_COLUMNS = ("prompt", "completions", *JUDGEMENTS, "tools", "chat_template_kwargs", "image", "images")
 LABEL_COLUMNS = ("prompt", "completion", "label", "tools", "chat_template_kwargs", "image", "images")
 
 LABEL_TYPES = ("scalar", "binary")
@@ -42,25 +45,28 @@ class Judged:
     values: list[float]
     format: str
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    scores: list[float] | None = None  # of the responses, where that is what their ranks come from
 
 
-def list_parser(format: str, has_template: bool) -> Callable[[Any], Judged]:
-    """From a row of ranked or scored completions to `Judged` with ranks 1, 2, …; RowError for a bad row."""
+def list_parser(format: str, has_template: bool, scored: bool = False) -> Callable[[Any], Judged]:
+    """From a row of ranked or scored completions to `Judged` with ranks 1, 2, …; RowError for a bad row.
+
+    scored: rows without scores are bad too.
+    """
     parse_prompt = prompt_parser(format, has_template)
 
     def parse(row: Any) -> Judged:
         row = checked_row(row, ("prompt", "completions"))
-        ranks, how = _ranks(row)
-        if not isinstance(row["completions"], list) or len(row["completions"]) != len(ranks):
-            found = f"{len(row['completions'])} completions" if isinstance(row["completions"], list) else "a string"
-            raise RowError(Reason.WRONG_TYPE, f"{found} for {len(ranks)} values of {how}")
+        ranks, scores, how = ranks_of(row)
+        if scored and scores is None:
+            raise RowError(Reason.MISSING_KEY, f"no score, which reward temperatures are made of, but {how}")
         prompt = _prompt(row, parse_prompt)
         given = {f"completions[{i}]": value for i, value in enumerate(row["completions"])}
         responses = {name: _response(value, prompt, name) for name, value in given.items()}
         for (a, b), (x, y) in zip(combinations(ranks, 2), combinations(responses, 2), strict=True):
             if a != b and responses[x] == responses[y]:
                 raise RowError(Reason.IDENTICAL, f"{x} equals {y}, which is ranked differently")
-        return Judged(prompt.prompt, responses, ranks, f"{how}, {_kind(prompt)}", prompt.template_kwargs)
+        return Judged(prompt.prompt, responses, ranks, f"{how}, {_kind(prompt)}", prompt.template_kwargs, scores)
 
     return parse
 
@@ -97,21 +103,32 @@ def number_of(value: Any, name: str) -> float:
     return float(value)
 
 
-def _ranks(row: dict[str, Any]) -> tuple[list[float], str]:
-    """(dense ranks from 1, the column that they come from)."""
-    given = [name for name in ("rank", "score") if name in row]
+def ranks_of(row: dict[str, Any]) -> tuple[list[float], list[float] | None, str]:
+    """(dense ranks from 1 of a row's completions, their scores if the row has them, the column that was read).
+
+    RowError: not one of JUDGEMENTS, not one value a completion, or nothing that is ranked before something else.
+    """
+    given = [name for name in JUDGEMENTS if row.get(name) is not None]
     if len(given) != 1:
-        found = "both" if given else "neither"
-        raise RowError(Reason.MISSING_KEY, f"one of rank and score is needed, the row has {found}")
-    (name,) = given
-    values = row[name]
-    if not isinstance(values, list):
-        raise RowError(Reason.WRONG_TYPE, f"{name} is a {type(values).__name__}, not a list of numbers")
-    numbers = np.array([number_of(value, f"{name}[{i}]") for i, value in enumerate(values)])
-    _, order = np.unique(numbers if name == "rank" else -numbers, return_inverse=True)
-    if len(numbers) < 2 or order.max() == 0:
-        raise RowError(Reason.UNSUPPORTED, f"{name} orders nothing: {len(numbers)} completions of one rank")
-    return (order + 1.0).tolist(), name
+        found = " and ".join(given) or "none of them"
+        raise RowError(Reason.MISSING_KEY, f"one of {', '.join(JUDGEMENTS)} is needed, the row has {found}")
+    (name,), completions = given, row["completions"]
+    count = len(completions) if isinstance(completions, list) else None
+    if name == "ranking":
+        if count is None:
+            raise RowError(Reason.WRONG_TYPE, "completions is a string, not a list")
+        ranks, numbers = parse_ranking(row[name], count), None
+    else:
+        if not isinstance(row[name], list):
+            raise RowError(Reason.WRONG_TYPE, f"{name} is a {type(row[name]).__name__}, not a list of numbers")
+        numbers = [number_of(value, f"{name}[{i}]") for i, value in enumerate(row[name])]
+        if count != len(numbers):
+            found = "a string" if count is None else f"{count} completions"
+            raise RowError(Reason.WRONG_TYPE, f"{found} for {len(numbers)} values of {name}")
+        ranks = dense_ranks(numbers, higher_is_better=name == "score")
+    if len(set(ranks)) < 2:
+        raise RowError(Reason.UNSUPPORTED, f"{name} orders nothing: {len(ranks)} completions of one rank")
+    return ranks, numbers if name == "score" else None, name
 
 
 def _label(value: Any, label_type: str | None) -> tuple[float, str]:

@@ -22,7 +22,7 @@ class Lists(NamedTuple):
     members: Tensor  # (L, K) int64, positions among the C responses; any in the padding
     real: Tensor  # (L, K) bool
     worse: Tensor  # (L, K, K) bool: [l, k, i] where response i of list l is ranked strictly behind its response k
-    count: int  # C
+    responses: int  # C
 
     @classmethod
     def of(cls, ranks: Tensor, cu_lists: Tensor) -> Lists:
@@ -49,7 +49,7 @@ class Lists(NamedTuple):
 
     def of_responses(self, places: Tensor) -> Tensor:
         """(C,) bool: a mask (L, K), False in the padding, as one of the responses."""
-        marked = torch.zeros(self.count, device=places.device)
+        marked = torch.zeros(self.responses, device=places.device)
         return marked.index_add(0, self.members.flatten(), places.flatten().to(marked.dtype)) > 0
 
     def mean_of_best(self, values: Tensor) -> Tensor:

@@ -33,6 +33,18 @@ def test_each_response_has_the_ids_it_has_in_a_pair(tokenizer):
             assert example["response_ids"][i] == expected["rejected_ids"]
 
 
+def test_scores_are_kept_where_they_are_asked_for(tokenizer):
+    scored = [CHAT, TEXT | {"rank": None, "score": [1, 3, 2]}]
+    data, _ = prepare_lists(scored, tokenizer, scores=True)
+    assert data.column_names == ["prompt_ids", "response_ids", "ranks", "scores", "row"]
+    assert data["scores"][:] == [[1.5, -1], [1, 3, 2]]
+    assert data["ranks"][:] == [[1, 2], [3, 1, 2]]
+    with pytest.raises(BadRowsError, match="row 1: missing key"):
+        prepare_lists([CHAT, TEXT], tokenizer, scores=True)
+    written = prepare_lists([TEXT | {"rank": None, "ranking": "B > C > A"}], tokenizer).dataset
+    assert written["ranks"][:] == [[3, 1, 2]]
+
+
 def test_limits_cut_and_drop_as_for_pairs(tokenizer):
     data, report = prepare_lists([TEXT], tokenizer)
     (whole,) = data

@@ -33,7 +33,17 @@ def test_text_completions_with_ranks_and_with_scores():
     assert list(item.responses.values()) == [" Yes.", " No.", " Maybe."]
     assert item.values == [2, 1, 2]
     assert item.format == "rank, text"
-    assert parse(THREE | {"score": [0.5, 7, 0.5], "rank": None}).values == [2, 1, 2]
+    scored = parse(THREE | {"score": [0.5, 7, 0.5], "rank": None})
+    assert (scored.values, scored.scores) == ([2, 1, 2], [0.5, 7, 0.5])
+    assert item.scores is None
+    written = parse(THREE | {"ranking": "B > A = C"})
+    assert (written.values, written.format) == ([2, 1, 2], "ranking, text")
+
+
+def test_scores_that_are_asked_for():
+    parse_scored = list_parser("auto", True, scored=True)
+    assert parse_scored(THREE | {"score": [1, 2, 3]}).scores == [1, 2, 3]
+    assert reason_of(parse_scored, THREE | {"rank": [1, 2, 3]})[0] == Reason.MISSING_KEY
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=6).filter(lambda values: len(set(values)) > 1))
@@ -62,8 +72,11 @@ def test_messages_and_transcripts():
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        (THREE, Reason.MISSING_KEY, "neither"),
-        (THREE | {"rank": [1, 2, 3], "score": [3, 2, 1]}, Reason.MISSING_KEY, "both"),
+        (THREE, Reason.MISSING_KEY, "one of rank, ranking, score is needed, the row has none of them"),
+        (THREE | {"rank": [1, 2, 3], "score": [3, 2, 1]}, Reason.MISSING_KEY, "the row has rank and score"),
+        (THREE | {"ranking": "A > B"}, Reason.MISSING_KEY, "ranking leaves out C"),
+        (THREE | {"ranking": "A = B = C"}, Reason.UNSUPPORTED, "3 completions of one rank"),
+        (THREE | {"completions": "Yes", "ranking": "A > B"}, Reason.WRONG_TYPE, "completions is a string"),
         (THREE | {"rank": [1, 2]}, Reason.WRONG_TYPE, "3 completions for 2 values of rank"),
         (THREE | {"completions": "Yes", "rank": [1, 2]}, Reason.WRONG_TYPE, "a string for 2"),
         (THREE | {"rank": "D > C"}, Reason.WRONG_TYPE, "rank is a str, not a list"),

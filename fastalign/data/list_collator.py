@@ -1,0 +1,94 @@
+"""Tokenised ranked lists to padded batches of sequences to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastalign.data.collator import CompletionCollator
+
+
+@dataclass(frozen=True)
+class ListCollator:
+    """Pads L lists to a batch of S sequences, one a response, list after list, on the right.
+
+    Takes examples with `prompt_ids`, `response_ids` (K lists of token ids, none empty; K may differ), `ranks` (K
+    numbers, 1 is best) and optionally `scores` (K numbers) and `ref_response_logps` (K lists of one float a token);
+    other keys are left alone. Returns
+
+        input_ids, attention_mask, targets      (S, T) int64; targets aligned with the hidden states
+        rows, cu_seqlens, lengths               numpy, as `CompletionCollator` has them; rows are those of responses
+        groups                                  (S,) numpy int64: the list of each sequence
+        ranks                                   (S,) float32
+        rewards                                 (S,) float32, the scores                  }
+        ref_per_token_logps                     (n,) float32 in the order of rows         } only if given
+        ref_logps                               (S,) float32, their sums per sequence     }
+
+    What is numpy is needed on the host and stays there. ValueError: no examples, an empty list of ids, or ranks, scores
+    or reference log-probs that do not match the responses.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)  # checks both
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        sequences = [_joined(example, ids) for example in examples for ids in example["response_ids"]]
+        if not sequences:
+            raise ValueError("there are no examples to collate")
+        batch = CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)(sequences)
+        sizes = [len(example["response_ids"]) for example in examples]
+        batch["groups"] = np.repeat(np.arange(len(examples)), sizes)
+        batch["ranks"] = _per_response(examples, "ranks")
+        if _given(examples, "scores"):
+            batch["rewards"] = _per_response(examples, "scores")
+        return batch | (_reference(examples, batch["cu_seqlens"]) if _given(examples, "ref_response_logps") else {})
+
+
+def _joined(example: Mapping[str, Any], response: Any) -> dict[str, Any]:
+    prompt, ids = np.asarray(example["prompt_ids"], np.int64), np.asarray(response, np.int64)
+    for name, values in (("prompt_ids", prompt), ("response_ids", ids)):
+        if not len(values):
+            raise ValueError(f"{name} of {_name(example)} {'is' if name == 'prompt_ids' else 'has one that is'} empty")
+    mask = np.arange(len(prompt) + len(ids)) >= len(prompt)
+    return {"input_ids": np.concatenate([prompt, ids]), "completion_mask": mask}
+
+
+def _given(examples: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether the examples have a column. ValueError: some of them."""
+    given = {column in example for example in examples}
+    if len(given) > 1:
+        raise ValueError(f"some examples have {column} and some have not; give it with all of them or none")
+    return given == {True}
+
+
+def _per_response(examples: Sequence[Mapping[str, Any]], column: str) -> torch.Tensor:
+    for example in examples:
+        if len(example[column]) != len(example["response_ids"]):
+            raise ValueError(
+                f"{column} of {_name(example)} has {len(example[column])} values for "
+                f"{len(example['response_ids'])} responses"
+            )
+    values = np.concatenate([np.asarray(example[column], np.float32) for example in examples])
+    return torch.from_numpy(values)
+
+
+def _reference(examples: Sequence[Mapping[str, Any]], cu_seqlens: np.ndarray) -> dict[str, Any]:
+    logps = [np.asarray(own, np.float32) for example in examples for own in example["ref_response_logps"]]
+    for example in examples:
+        counts = [list(map(len, example[name])) for name in ("ref_response_logps", "response_ids")]
+        if counts[0] != counts[1]:
+            raise ValueError(f"ref_response_logps of {_name(example)} are not one for each token of its response_ids")
+    per_token = np.concatenate(logps)
+    sums = np.add.reduceat(per_token, cu_seqlens[:-1], dtype=np.float64).astype(np.float32)
+    return {"ref_per_token_logps": torch.from_numpy(per_token), "ref_logps": torch.from_numpy(sums)}
+
+
+def _name(example: Mapping[str, Any]) -> str:
+    return f"row {example['row']}" if "row" in example else "an example"

@@ -8,6 +8,7 @@ from fastalign.losses.metrics import (
     explained_variance_metrics,
     mean_metric,
     merge_metrics,
+    ratio_metrics,
     summarize,
 )
 from fastalign.losses.options import check_dpo_options
@@ -67,6 +68,7 @@ __all__ = [
     "ppo_penalty_loss",
     "pro_loss",
     "ranking_loss",
+    "ratio_metrics",
     "reduce_losses",
     "response_losses",
     "response_metrics",

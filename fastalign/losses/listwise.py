@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.losses.metrics import correlation_metrics
+from fastalign.losses.metrics import correlation_metrics, ratio_metrics
 from fastalign.losses.reduction import check_reduction, reduce_losses
 from fastalign.losses.rewards import list_bounds
 from fastalign.types import LossOutput, Metric
@@ -132,11 +132,12 @@ def pro_loss(
         reduction: "mean" (over lists), "sum" or "none". num_items: denominator of "mean", the lists of the whole step.
     Returns:
         LossOutput. A list without a strict comparison has loss 0. Metrics: `accuracy` and `margin` (share of strict
-        comparisons in which the better response has the higher score, ties in score not counting as such, and mean
-        difference f_better − f_worse), `top1_accuracy` (share of lists whose highest score is a best response's),
-        `scores/best` and `scores/worst` (means over the best and the worst ranked responses); with lengths
-        `length/best`, `length/worst` and, through `summarize`, `length/margin_correlation` (Pearson, of the margin with
-        the difference in length, over strict comparisons). All add up over micro-batches and processes.
+        comparisons in which the better response has the higher score, and mean difference f_better − f_worse; through
+        `summarize` with `accuracy_se` and `margin_se`, standard errors over lists), `top1_accuracy` (share of lists
+        whose highest score is a best response's; equal scores are no win in either), `scores/best` and
+        `scores/worst` (means over the best and the worst ranked responses); with lengths `length/best`, `length/worst`
+        and, through `summarize`, `length/margin_correlation` (Pearson, of the margin with the difference in length,
+        over strict comparisons). All add up over micro-batches and processes.
     Raises:
         ValueError: shapes, devices or dtypes that do not fit, cu_lists that do not rise from 0 to C, an unknown
             reduction.
@@ -208,8 +209,8 @@ def list_metrics(
     highest = _largest(f.masked_fill(~best, -torch.inf))
     rest = _largest(f.masked_fill(~lists.real | best, -torch.inf))
     metrics = {
-        "accuracy": Metric(((margins > 0) * strict).sum(), strict.sum()),
-        "margin": Metric((margins * strict).sum(), strict.sum()),
+        **ratio_metrics("accuracy", ((margins > 0) * strict).sum(dim=(1, 2)), strict.sum(dim=(1, 2))),
+        **ratio_metrics("margin", (margins * strict).sum(dim=(1, 2)), strict.sum(dim=(1, 2))),
         "top1_accuracy": Metric(((highest > rest) & comparable).sum().to(f.dtype), comparable.sum().to(f.dtype)),
         "scores/best": _mean_where(f, best),
         "scores/worst": _mean_where(f, worst),

@@ -1,7 +1,8 @@
 """Metrics that add up: sums on the device, made into numbers once, when they are logged.
 
-A mean is one `Metric(total, weight)`. A correlation, a standard deviation and an explained variance are not means, but
-functions of some; those travel under names that end in `/_x` … and `summarize` turns them into the one number.
+A mean is one `Metric(total, weight)`. A correlation, a standard deviation, an explained variance and the standard error
+of a ratio are not means, but functions of some; those travel under names that end in `/_x` … and `summarize` turns them
+into the one number.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastalign.types import Metric
 _MOMENTS = ("_x", "_y", "_xx", "_yy", "_xy")
 _DEVIATION = ("_m", "_mm")  # means of m, m²
 _EXPLAINED = ("_e", "_ee", "_r", "_rr")  # of what is left, of what is to be explained, and of their squares
+_RATIO = ("_num", "_den", "_nn", "_nd", "_dd")  # of numerators, denominators, their squares and product
 
 
 def mean_metric(values: Tensor) -> Metric:
@@ -56,6 +58,18 @@ def explained_variance_metrics(
     return _means(name, _EXPLAINED[:2], left, mask) | _means(name, _EXPLAINED[2:], whole, mask)
 
 
+def ratio_metrics(name: str, numerators: Tensor, denominators: Tensor) -> dict[str, Metric]:
+    """`name`, Σ numerators / Σ denominators over groups (G,), and what `summarize` needs to give its standard error as
+    `{name}_se`, in float64.
+
+    Groups are what is independent, their parts are not: comparisons within one list share responses. With A = Σx/Σn the
+    error is √(Σ(x − A·n)² · G/(G − 1)) / Σn (Cochran 1977 eq. 6.13), nan of fewer than two groups.
+    """
+    x, n = numerators.detach().double(), denominators.detach().double()
+    moments = zip(_RATIO, (x, n, x * x, x * n, n * n), strict=True)
+    return {name: Metric(x.sum(), n.sum())} | {f"{name}_se/{key}": mean_metric(value) for key, value in moments}
+
+
 def _means(name: str, keys: tuple[str, ...], x: Tensor, mask: Tensor | None) -> dict[str, Metric]:
     weights = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     moments = (x, x * x)
@@ -78,9 +92,9 @@ def summarize(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
     """
     finished: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
         _MOMENTS[-1]: (_MOMENTS, _correlation), _DEVIATION[-1]: (_DEVIATION, _deviation),
-        _EXPLAINED[-1]: (_EXPLAINED, _explained),
+        _EXPLAINED[-1]: (_EXPLAINED, _explained), _RATIO[-1]: (_RATIO, _ratio_error),
     }  # fmt: skip
-    hidden = {*_MOMENTS, *_DEVIATION, *_EXPLAINED}
+    hidden = {*_MOMENTS, *_DEVIATION, *_EXPLAINED, *_RATIO}
     values: dict[str, Tensor] = {}
     for key, metric in metrics.items():
         name, _, part = key.rpartition("/")
@@ -88,8 +102,16 @@ def summarize(metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
             values[key] = metric.value
         elif part in finished:
             keys, function = finished[part]
-            values[name] = function(*(metrics[f"{name}/{moment}"].value for moment in keys))
+            parts = [metrics[f"{name}/{moment}"] for moment in keys]
+            counts = {"count": parts[0].weight} if function is _ratio_error else {}
+            values[name] = function(*(metric.value for metric in parts), **counts)
     return values
+
+
+def _ratio_error(x: Tensor, n: Tensor, xx: Tensor, xn: Tensor, nn: Tensor, count: Tensor) -> Tensor:
+    ratio = x / n
+    variance = (xx - 2 * ratio * xn + ratio * ratio * nn).clamp(min=0)
+    return torch.where(count > 1, (variance / (count - 1).clamp(min=1)).sqrt() / n, torch.nan)
 
 
 def _deviation(m: Tensor, mm: Tensor) -> Tensor:

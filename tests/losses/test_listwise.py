@@ -175,7 +175,7 @@ def test_equal_rewards_divide_nothing_by_zero(loss_type):
     assert grad.isfinite().all()
     assert grad[0] != 0
     flat = LOSSES[loss_type](f, ranks, cu_lists=cu, rewards=torch.ones(4))  # every exponent is 0
-    assert float(flat.loss) == pytest.approx(math.log(4) + (math.log(3) + math.log(2)) * (loss_type == "pro"))
+    assert flat.loss.item() == pytest.approx(math.log(4) + (math.log(3) + math.log(2)) * (loss_type == "pro"))
 
 
 @pytest.mark.parametrize("loss_type", LISTWISE_LOSSES)

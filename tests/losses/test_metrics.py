@@ -11,6 +11,7 @@ from fastalign.losses import (
     explained_variance_metrics,
     mean_metric,
     merge_metrics,
+    ratio_metrics,
     summarize,
 )
 
@@ -105,3 +106,38 @@ def test_what_is_masked_does_not_count_and_a_constant_has_no_deviation():
     assert float(summarize(explained_variance_metrics("e", values, x, mask))["e"]) == pytest.approx(1.0)
     assert float(summarize(explained_variance_metrics("e", torch.zeros(3), x))["e"]) == pytest.approx(0.0)
     assert summarize(explained_variance_metrics("e", x, torch.full((3,), 0.1)))["e"].isnan()
+
+
+@given(seed=st.integers(0, 1000), cut=st.integers(1, 11))
+def test_a_ratio_and_its_standard_error(seed, cut):
+    """Cochran's formula, from the whole or from parts."""
+    rng = np.random.default_rng(seed)
+    n = rng.integers(0, 7, 12).astype(float)
+    n[0] = 1
+    x = rng.binomial(n.astype(int), 0.6).astype(float)
+    parts = [ratio_metrics("a", torch.from_numpy(x[i]), torch.from_numpy(n[i])) for i in (slice(cut), slice(cut, 12))]
+    values = summarize(merge_metrics(*parts))
+    assert list(values) == ["a", "a_se"]
+    ratio = x.sum() / n.sum()
+    assert values["a"].item() == pytest.approx(ratio)
+    expected = np.sqrt(((x - ratio * n) ** 2).sum() * 12 / 11) / n.sum()
+    assert values["a_se"].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_standard_error_of_a_share_is_the_binomial_one():
+    wins = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    values = summarize(ratio_metrics("a", wins, torch.ones(4)))
+    assert values["a_se"].item() == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert summarize(ratio_metrics("a", wins[:1], torch.ones(1)))["a_se"].isnan()
+
+
+def test_standard_errors_cover_as_often_as_they_say():
+    """Comparisons in groups that differ: the interval of ±1.96 standard errors holds the truth in 95 % of cases."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        p = rng.beta(1, 1, 60)
+        n = rng.integers(1, 8, 60)
+        values = summarize(ratio_metrics("a", torch.from_numpy(rng.binomial(n, p).astype(float)), torch.from_numpy(n)))
+        inside += abs(values["a"].item() - 0.5) < 1.96 * values["a_se"].item()
+    assert inside / 2000 == pytest.approx(0.95, abs=0.025)

@@ -33,13 +33,16 @@ class PreferenceSequences(Sequence[TokenSequence]):
 
     examples: anything with len() and [i] that gives dicts of prompt_ids, chosen_ids and rejected_ids (lists or arrays).
     Item 2i is the chosen response of example i, item 2i + 1 the rejected one. Nothing is copied up front.
+    responses: the columns behind prompt_ids, if they are others; k of them make items k·i … k·i + k − 1.
     """
 
-    def __init__(self, examples: Sequence[Mapping[str, Any]]) -> None:
-        self._examples = examples
+    def __init__(
+        self, examples: Sequence[Mapping[str, Any]], responses: Sequence[str] = ("chosen_ids", "rejected_ids")
+    ) -> None:
+        self._examples, self._responses = examples, tuple(responses)
 
     def __len__(self) -> int:
-        return 2 * len(self._examples)
+        return len(self._responses) * len(self._examples)
 
     @overload
     def __getitem__(self, index: int) -> TokenSequence: ...
@@ -50,18 +53,16 @@ class PreferenceSequences(Sequence[TokenSequence]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        example, side = divmod(index % len(self), 2)
-        return self._pair(self._examples[example])[side]
+        example, side = divmod(index % len(self), len(self._responses))
+        return self._of(self._examples[example])[side]
 
     def __iter__(self) -> Iterator[TokenSequence]:
-        for example in self._examples:  # one read of the example serves both responses
-            yield from self._pair(example)
+        for example in self._examples:  # one read of the example serves all its responses
+            yield from self._of(example)
 
-    @staticmethod
-    def _pair(example: Mapping[str, Any]) -> tuple[TokenSequence, TokenSequence]:
+    def _of(self, example: Mapping[str, Any]) -> list[TokenSequence]:
         prompt = example["prompt_ids"]
-        chosen, rejected = (_joined(prompt, example[name]) for name in ("chosen_ids", "rejected_ids"))
-        return TokenSequence(chosen, len(prompt)), TokenSequence(rejected, len(prompt))
+        return [TokenSequence(_joined(prompt, example[name]), len(prompt)) for name in self._responses]
 
 
 def _joined(prompt: Any, response: Any) -> Any:

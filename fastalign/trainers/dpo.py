@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
-from fastalign.linear import linear_dpo_loss
-from fastalign.models import Head, disable_dropout, fuse_head
-from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel
+from fastalign.losses import kto_kl
+from fastalign.models import disable_dropout, fuse_head
+from fastalign.models.inference import evaluating
+from fastalign.ops import sequence_logps
+from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
-from fastalign.trainers.batches import Batch, num_examples
-from fastalign.trainers.config import by_device
-from fastalign.trainers.dpo_config import (
-    DEFAULT_CACHE_DIR,
-    DEFAULT_REF_BATCH_TOKENS,
-    DPOConfig,
-)
-from fastalign.trainers.examples import preference_examples
+from fastalign.trainers.batches import Batch, num_examples, split_batch
+from fastalign.trainers.dpo_config import DPOConfig
+from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
+from fastalign.trainers.dpo_setup import COLUMNS, examples_of, reference_of
+from fastalign.trainers.live_reference import LiveReference
 from fastalign.trainers.loading import (
     add_adapter,
-    autocast_dtype,
-    borrowed,
     check_trainable,
     checked_arguments,
     load_model,
@@ -36,29 +33,20 @@ from fastalign.trainers.loading import (
     lora_config,
     prepare_checkpointing,
     router_coefficient,
-    separate_reference,
 )
-from fastalign.trainers.reference import (
-    EXAMPLE_COLUMNS,
-    REFERENCE_COLUMNS,
-    build_cache,
-    check_cached,
-    reference_adapter,
-    sample_indices,
-    with_reference,
-)
+from fastalign.trainers.log_probs import batch_logps
+from fastalign.trainers.reference import list_lengths, sample_indices
 from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.self_check import check_start
 from fastalign.types import LossOutput
 
-logger = logging.getLogger(__name__)
-
 
 class DPOTrainer(FusedTrainer):
-    """Trains a policy on preference pairs with DPO (arXiv 2305.18290) or a relative; see `fastalign.losses.dpo_loss`.
+    """Trains a policy on preferences with DPO (arXiv 2305.18290) or a relative; docs/losses.md lists them.
 
     The reference's per-token log-probs are computed once, kept on disk by content (`ReferenceCache`) and shared by
-    every run on that reference, whatever its loss, beta or adapter. The reference is not in memory while training.
+    every run on that reference, whatever its loss, beta or adapter. The reference is not in memory while training,
+    unless `precompute_ref_log_probs=False` or `sync_ref_model=True` ask for it; some losses have none.
     The head turns hidden states of completion tokens into loss and gradients tile by tile: logits never exist.
 
     Args:
@@ -66,16 +54,24 @@ class DPOTrainer(FusedTrainer):
             Default: args.model_name_or_path. Trainable 16-bit weights are turned into float32 (see DPOConfig.dtype).
         ref_model: the reference: folder or hub name (loaded only when needed, and let go), or a model.
             Default: the policy as it is handed in: with `peft_config` the model without the new adapter; for a
-            PeftModel base and adapter, as DPO on top of an SFT adapter needs.
+            PeftModel base and adapter, as DPO on top of an SFT adapter needs. With sync_ref_model it is changed.
         args: a DPOConfig.
-        data_collator: default PreferenceCollator; another one must return the same batches.
+        data_collator: default PreferenceCollator, or UnpairedCollator for losses on single responses; another one must
+            return the same batches.
         train_dataset, eval_dataset: what `fastalign.data.prepare_preferences` takes (Dataset, list of rows, file,
-            folder, hub name), or a Dataset with prompt_ids, chosen_ids and rejected_ids; eval_dataset may be a dict of
+            folder, hub name), or a Dataset with prompt_ids, chosen_ids and rejected_ids; for losses on single responses
+            also what `prepare_labelled` takes, or a Dataset with prompt_ids, completion_ids, label and, as kto needs
+            them, kl_completion_ids (other prompts' responses; made if they are missing). eval_dataset may be a dict of
             them. Default: args.dataset_name and its splits.
         processing_class: the tokenizer; default the model's own.
         compute_metrics: refused, as there are no logits to compute metrics from.
         callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
             make a peft_config too.
+
+    The loss of a step is a mean over all its pairs (or responses), however they were split; kto's z₀ and the
+    denominator of "sft" are those of the whole step, and of the whole data set in an evaluation. aot and aot_unpaired
+    sort over each device batch: per_device_train_batch_size pairs are their batch, per_device_eval_batch_size in an
+    evaluation.
 
     Attributes: reference_cache, the open ReferenceCache (its `report` says what was found and what computed);
     data_reports, what became of each data set's rows.
@@ -85,7 +81,7 @@ class DPOTrainer(FusedTrainer):
     """
 
     args: DPOConfig
-    columns = (*EXAMPLE_COLUMNS, *REFERENCE_COLUMNS)
+    columns = COLUMNS
 
     def __init__(
         self,
@@ -104,8 +100,7 @@ class DPOTrainer(FusedTrainer):
     ) -> None:
         model, args = checked_arguments(model, ref_model, args, compute_metrics)
         peft_config = lora_config(args, peft_config)
-        self._autocast = autocast_dtype(args)
-        self._examples = preference_examples(load_tokenizer(processing_class, model, args), args)
+        self._examples = examples_of(load_tokenizer(processing_class, model, args), args)
         self.data_reports = self._examples.reports
         train = self._examples.training(train_dataset)
         evaluation = self._examples.evaluation(eval_dataset)
@@ -114,18 +109,12 @@ class DPOTrainer(FusedTrainer):
         splits = [split for split in (train, *evaluation.values()) if split is not None]
 
         set_seed(args.seed)  # a new adapter is initialised at random
-        self._reference: ReferenceModel | None = None  # one that can be loaded again whenever it is needed
-        separate = args.ref_model_name_or_path if ref_model is None else ref_model
-        if separate is not None:  # before the policy is loaded: one model in memory at a time
-            self._score_separate(separate, splits, args, peft_config is not None, quantization_config)
+        self._reference = reference_of(args, splits, ref_model, quantization_config, peft_config is not None)
         policy = load_model(model, args, peft_config, quantization_config)
         if args.disable_dropout:
             disable_dropout(policy)
-        self._adapter = reference_adapter(policy)
-        own = ReferenceModel.from_model(policy, adapter=self._adapter, autocast=self._autocast)
-        if separate is None:
-            self._score(own, splits, args)
-        self._starts_at_reference = separate is None or own.digest() == self.reference_cache.reference
+        self._reference.adopt(policy, new_adapter=peft_config is not None)
+        self._starts_at_reference = self._reference.starts_at_policy
         if peft_config is not None:
             policy = add_adapter(policy, peft_config, args)
             # these two do not start as the base model
@@ -134,65 +123,37 @@ class DPOTrainer(FusedTrainer):
         prepare_checkpointing(policy, args)
         self._router_coef = router_coefficient(policy, args)
 
-        joined = {name: with_reference(split, self.reference_cache) for name, split in evaluation.items()}
+        joined = {name: self._reference.join(split) for name, split in evaluation.items()}
         super().__init__(
             model=policy,
             args=args,
             data_collator=data_collator or self._examples.collator,
-            train_dataset=None if train is None else with_reference(train, self.reference_cache),
+            train_dataset=None if train is None else self._reference.join(train),
             eval_dataset=joined.get("", joined or None),
             processing_class=self._examples.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.couples_batch:
+            self.micro_batch_tokens = 0
+        if not args.on_pairs:
+            self._train_meter, self._eval_meter = ResponseMeter(), ResponseMeter()
+        self._around = Surroundings(shift=RunningShift() if args.has_running_shift else None)
+        self.add_callback(_AfterStep(self))
         fuse_head(self.model)
 
     # ---- reference
 
-    reference_cache: ReferenceCache
-
-    def _score(self, reference: ReferenceModel, splits: list[Dataset], args: DPOConfig) -> None:
-        self.reference_cache = build_cache(
-            str(Path(args.cache_dir or DEFAULT_CACHE_DIR).expanduser()),
-            reference,
-            splits,
-            batch_tokens=by_device(args.precompute_ref_batch_tokens, DEFAULT_REF_BATCH_TOKENS, args),
-            progress=not args.disable_tqdm,
-        )
-
-    def _score_separate(
-        self,
-        ref_model: str | nn.Module,
-        splits: list[Dataset],
-        args: DPOConfig,
-        with_adapter: bool,
-        quantization_config: Any,
-    ) -> None:
-        """Log-probs of a reference other than the policy, which is held only if it can be loaded again by name."""
-        reference = separate_reference(ref_model, args, with_adapter, quantization_config)
-        with borrowed(ref_model, args.device):
-            self._score(reference, splits, args)
-            check_cached(self.reference_cache, reference, splits[0], self._autocast)
-        if isinstance(ref_model, str):
-            self._reference = reference
+    @property
+    def reference_cache(self) -> ReferenceCache:
+        if self._reference.cache is None:
+            raise ValueError(f"loss_type={self.args.loss_type!r}: no reference log-probs are kept on disk in this run")
+        return self._reference.cache
 
     def evaluation_data(self, dataset: Any, name: str) -> Dataset:
         """Tokenised and with its reference log-probs."""
-        if isinstance(dataset, Dataset) and set(REFERENCE_COLUMNS) <= set(dataset.column_names):
-            return dataset
         examples = self._examples.prepare(dataset, name)
-        if missing := self.reference_cache.missing(PreferenceSequences(examples)):
-            reference = self._reference or ReferenceModel.from_model(
-                self.accelerator.unwrap_model(self.model), adapter=self._adapter, autocast=self._autocast
-            )
-            if reference.digest() != self.reference_cache.reference:
-                raise ValueError(
-                    f"{len(missing)} sequences of this data set have no reference log-probs, and the reference is "
-                    "gone: the policy has changed since. Give the data as eval_dataset to the constructor, or "
-                    "ref_model by name"
-                )
-            self._score(reference, [examples], self.args)
-        return with_reference(examples, self.reference_cache)
+        return self._reference.join(examples, self.accelerator.unwrap_model(self.model))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if not resume_from_checkpoint and self.state.global_step == 0:
@@ -200,79 +161,149 @@ class DPOTrainer(FusedTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_start(self) -> float | None:
-        """Compare a policy that is its own reference with the cached log-probs of a few pairs; train() does so first.
+        """Compare a policy that is its own reference with the log-probs of a few examples; train() does so first.
 
-        Returns the loss on those pairs (log 2 for "sigmoid"), None where policy and reference differ by intent. Raises
-        ReferenceMismatchError where log-probs or loss are not the cached ones.
+        Returns the loss on those examples (log 2 for "sigmoid"), None where there is no reference, or policy and
+        reference differ by intent. Raises ReferenceMismatchError where log-probs or loss are not the reference's.
         """
         if not self._starts_at_reference or self.train_dataset is None:
             return None
         examples = self.train_dataset.select(sample_indices(len(self.train_dataset)))
+        batch = self._prepare_inputs(self.data_collator([examples[i] for i in range(len(examples))]))
+        parts = [self._reference.attach(part, self.model) for part in (batch, batch.get("kl")) if part is not None]
+        around = Surroundings(kl=parts[0]["ref_logps"].new_zeros(()) if self.args.needs_kl else None)
         return check_start(
             self.model,
-            self._prepare_inputs(self.data_collator([examples[i] for i in range(len(examples))])),
+            parts,
             examples,
-            self._autocast or next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
+            self._reference.layout,
+            self.args,
             autocast=self.accelerator.autocast(),
-            loss_fn=lambda model, batch: self._preference_loss(model, batch, None).loss,
-            options=self._loss_options(),
+            loss_fn=lambda: self.model(
+                input_ids=batch["input_ids"], head_fn=fused_loss(self.args, parts[0], around, None)
+            ),
         )
 
     def run_state(self) -> dict[str, Any]:
-        return super().run_state() | {"reference": self.reference_cache.reference}
+        shift = {} if self._around.shift is None else {"reward_shift": self._around.shift.state_dict()}
+        return super().run_state() | {"reference": self._reference.identity} | shift
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
-        if state["reference"] != self.reference_cache.reference:
+        own = self._reference.identity
+        if state["reference"] != own:
+            theirs, ours = (f"{name[:12]}…" if name else "that there is not" for name in (state["reference"], own))
             raise ValueError(
-                f"the checkpoint was trained against reference {state['reference'][:12]}…, this trainer has "
-                f"{self.reference_cache.reference[:12]}…: construct it with the same policy and ref_model as the first "
-                "run (resume_from_checkpoint loads the trained weights), or leave out resume_from_checkpoint"
+                f"the checkpoint was trained against reference {theirs}, this trainer has {ours}: construct it with "
+                "the same policy, ref_model and loss_type as the first run (resume_from_checkpoint loads the trained "
+                "weights), or leave out resume_from_checkpoint"
             )
+        if self._around.shift is not None:
+            if "reward_shift" not in state:
+                raise ValueError("the checkpoint was trained without a running shift of rewards: set bco_running_shift")
+            self._around.shift.load_state_dict(state["reward_shift"])
         super().restore_run_state(state)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and isinstance(self._reference, LiveReference):
+            self._reference.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self._reference, LiveReference):
+            self._reference.load(Path(resume_from_checkpoint))
+
+    def after_step(self) -> None:
+        """Between two optimizer steps: the reference follows the policy, rewards move the shift."""
+        if self.args.sync_ref_model and self.state.global_step % self.args.ref_model_sync_steps == 0:
+            assert isinstance(self._reference, LiveReference)
+            self._reference.follow(self.accelerator.unwrap_model(self.model))
+        if self._around.shift is not None:
+            self._around.shift.finish_step(self._sum_over_processes)
+
     def summary_lines(self) -> list[str]:
-        report = self.reference_cache.report
-        if report is None:
-            return []
-        found = f"{report.cached} found, {report.computed} computed"
-        return [f"reference log-probs: {found}, in {self.reference_cache.path}"]
+        return self._reference.summary_lines()
 
     # ---- loss
 
-    def _loss_options(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in ("beta", "loss_type", "label_smoothing", "length_alpha")}
-
     def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
-        """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its pairs."""
-        if not self._router_coef:
-            return self._preference_loss(model, batch, num_items)
-        # the router's loss counts tokens, so it needs the mask
-        router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
-        output, aux_loss = self._preference_loss(model, batch, num_items, **router)
-        return with_router_loss(output, aux_loss, self._router_coef, items=num_examples(batch), num_items=num_items)
+        """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its examples.
 
-    def _preference_loss(
-        self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any
-    ) -> Any:
-        """One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
+        One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
         masked; without a mask attention takes its fast causal path.
         """
-        args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
+        batch = self._reference.attach(batch, self.model)
+        head_fn = fused_loss(self.args, batch, self._around, num_items)
+        if self._router_coef:  # the router's loss counts tokens, so it needs the mask
+            router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
+            output, aux_loss = model(input_ids=batch["input_ids"], head_fn=head_fn, **router)
+            items = num_examples(batch)
+            output = with_router_loss(output, aux_loss, self._router_coef, items=items, num_items=num_items)
+        else:
+            output = model(input_ids=batch["input_ids"], head_fn=head_fn)
+        if self._around.shift is not None and num_items is not None:  # in training
+            self._around.shift.add(output.metrics)
+        return output
 
-        def head_fn(hidden: Tensor, head: Head) -> LossOutput:
-            return linear_dpo_loss(
-                hidden,
-                head.weight,
-                batch["targets"].to(hidden.device),
-                ref_logps=batch["ref_logps"].to(hidden.device),
-                rows=rows,
-                num_items=num_items,
-                token_metrics=args.token_metrics,
-                backend=args.backend,
-                schedule=args.schedule,
-                workspace_mb=args.workspace_mb,
-                **self._loss_options(),
-                **head.options,
-            )
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
+        """Items of an optimizer step; and what its loss has to know of all its batches before the first of them."""
+        if "sft" in self.args.loss_types:
+            tokens = sum(int(batch["cu_seqlens"][num_examples(batch)]) for batch in batch_samples)
+            self._around.chosen_tokens = self._sum_over_processes(torch.tensor(float(tokens), device=device))
+        if self.args.needs_kl:
+            self._around.kl = self._kl(batch["kl"] for batch in batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
-        return model(input_ids=batch["input_ids"], head_fn=head_fn, **model_kwargs)
+    @torch.no_grad()
+    def _kl(self, mismatched: Iterable[Batch]) -> Tensor:
+        """KTO's z₀ over all batches of all processes, 0-dim; see `losses.kto_kl`."""
+        total = torch.zeros(2, device=self.args.device)
+        with evaluating(self.model), self.accelerator.autocast():
+            for batch in mismatched:
+                for piece in split_batch(self._prepare_inputs(batch), self.micro_batch_tokens):
+                    piece = self._reference.attach(piece, self.model)
+                    logps = sequence_logps(batch_logps(self.model, piece, self.args))
+                    total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device)))
+        total = self._sum_over_processes(total)
+        return total[0] / total[1].clamp(min=1)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        return super().training_step(model, _learned(inputs), num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        return super().prediction_step(model, _learned(inputs), prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's; kto's z₀ and the denominator of "sft" are those of the whole data set."""
+        examples = args[0].dataset  # of the loader
+        if "sft" in self.args.loss_types:
+            self._around.chosen_tokens = torch.tensor(float(list_lengths(examples, "chosen_ids").sum()))
+            self._around.pairs = len(examples)
+        if self.args.needs_kl:
+            with self._clock_stopped():
+                self._around.kl = self._kl(self._mismatched(examples))
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _mismatched(self, examples: Dataset) -> Iterable[Batch]:
+        """This process's share of a data set's mismatched responses, in batches."""
+        state, size = self.accelerator, self.args.eval_batch_size
+        share = range(state.process_index, len(examples), state.num_processes)
+        for start in range(0, len(share), size):
+            yield self.data_collator([examples[i] for i in share[start : start + size]])["kl"]
+
+
+def _learned(batch: Batch) -> Batch:
+    """A batch without the mismatched responses, which nothing is learned from."""
+    return {name: value for name, value in batch.items() if name != "kl"}
+
+
+class _AfterStep(TrainerCallback):
+    """What a DPOTrainer does between optimizer steps."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.after_step()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -19,8 +21,40 @@ from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceMo
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+@dataclass(frozen=True)
+class Layout:
+    """What tokenised examples hold behind `prompt_ids`.
+
+    unit: what one is called. learned: columns of responses to learn from. scored: columns of responses that the
+    reference scores, and the columns that their log-probs go to.
+    """
+
+    unit: str
+    learned: tuple[str, ...]
+    scored: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("prompt_ids", *self.learned)
+
+    def sequences(self, examples: Any) -> PreferenceSequences:
+        """What the reference scores, example by example."""
+        return PreferenceSequences(examples, tuple(self.scored))
+
+
+PAIRS = Layout(
+    "pair",
+    ("chosen_ids", "rejected_ids"),
+    MappingProxyType({"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logps"}),
+)
+RESPONSES = Layout("example", ("completion_ids",), MappingProxyType({"completion_ids": "ref_completion_logps"}))
+RESPONSES_AND_MISMATCHED = Layout(
+    "example", RESPONSES.learned, MappingProxyType({**RESPONSES.scored, "kl_completion_ids": "ref_kl_logps"})
+)
+
+EXAMPLE_COLUMNS = PAIRS.columns
+REFERENCE_COLUMNS = tuple(PAIRS.scored.values())
 
 CHECKED_PAIRS = 4
 # Mean difference per token, in nats, that rounding may leave between two computations of one sequence. A wrong
@@ -64,12 +98,13 @@ def _changes_nothing(model: PeftModel, adapter: str) -> bool:
 
 
 def build_cache(
-    cache_dir: str, reference: ReferenceModel, datasets: Sequence[Dataset], *, batch_tokens: int, progress: bool
-) -> ReferenceCache:
+    cache_dir: str, reference: ReferenceModel, datasets: Sequence[Dataset], *, batch_tokens: int, progress: bool,
+    layout: Layout = PAIRS,
+) -> ReferenceCache:  # fmt: skip
     """Log-probs of all examples, each computed at most once; processes share the work. Every process must call this."""
     state = PartialState()
     examples = _Chained(datasets)
-    share = PreferenceSequences(_Strided(examples, state.process_index, state.num_processes))
+    share = layout.sequences(_Strided(examples, state.process_index, state.num_processes))
     progress = progress and state.is_local_main_process
     cache = ReferenceCache.build(cache_dir, reference, share, batch_tokens=batch_tokens, progress=progress)
     report = cache.report
@@ -78,7 +113,7 @@ def build_cache(
     if state.num_processes > 1:
         state.wait_for_everyone()
         cache.reload()
-        if cache.missing(PreferenceSequences(examples)):
+        if cache.missing(layout.sequences(examples)):
             raise ValueError(
                 f"cache_dir {cache_dir} does not hold what the other processes computed: it must be on a filesystem "
                 "that all of them share"
@@ -86,23 +121,33 @@ def build_cache(
     return cache
 
 
-def with_reference(dataset: Dataset, cache: ReferenceCache) -> Dataset:
-    """The examples with `ref_chosen_logps` and `ref_rejected_logps` (float32 lists, one value a token) and `length`."""
-    logps = cache.lookup(PreferenceSequences(dataset))
+def with_reference(dataset: Dataset, cache: ReferenceCache, layout: Layout = PAIRS) -> Dataset:
+    """The examples with their reference log-probs (float32 lists, one value a token) and `length`."""
+    logps, count = cache.lookup(layout.sequences(dataset)), len(layout.scored)
     dataset = dataset.with_format(None)
-    for name, values in zip(REFERENCE_COLUMNS, (logps[0::2], logps[1::2]), strict=True):
+    for index, name in enumerate(layout.scored.values()):
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
-        dataset = dataset.add_column(name, _list_column(values))
+        dataset = dataset.add_column(name, _list_column(logps[index::count]))
+    return with_lengths(dataset, layout)
+
+
+def with_lengths(dataset: Dataset, layout: Layout) -> Dataset:
+    """The examples, read as arrays, with `length`: what train_sampling_strategy="group_by_length" groups by."""
     if "length" not in dataset.column_names:
-        dataset = dataset.add_column("length", pyarrow.array(pair_lengths(dataset), pyarrow.int32()))
+        dataset = dataset.add_column("length", pyarrow.array(example_lengths(dataset, layout), pyarrow.int32()))
     return dataset.with_format("numpy")
 
 
+def example_lengths(dataset: Dataset, layout: Layout) -> np.ndarray:
+    """(n,) tokens of the longest sequence of each example that is learned from."""
+    responses = [list_lengths(dataset, name) for name in layout.learned]
+    return list_lengths(dataset, "prompt_ids") + np.max(responses, axis=0)
+
+
 def pair_lengths(dataset: Dataset) -> np.ndarray:
-    """(n,) tokens of the longer sequence of each pair: what `train_sampling_strategy="group_by_length"` groups by."""
-    prompt, chosen, rejected = (list_lengths(dataset, name) for name in EXAMPLE_COLUMNS)
-    return prompt + np.maximum(chosen, rejected)
+    """(n,) tokens of the longer sequence of each pair."""
+    return example_lengths(dataset, PAIRS)
 
 
 def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
@@ -120,37 +165,42 @@ def _list_column(values: Sequence[np.ndarray]) -> Any:
 
 
 def check_cached(
-    cache: ReferenceCache, reference: ReferenceModel, dataset: Dataset, autocast: torch.dtype | None
-) -> None:
+    cache: ReferenceCache, reference: ReferenceModel, dataset: Dataset, autocast: torch.dtype | None,
+    layout: Layout = PAIRS,
+) -> None:  # fmt: skip
     """Recompute a few log-probs; ReferenceMismatchError if the cached ones differ. Nothing cached, nothing to do."""
     if cache.report is not None and not cache.report.cached:
         return
     examples = dataset.select(sample_indices(len(dataset)))
-    sequences: list[TokenSequence] = list(PreferenceSequences(examples))
+    sequences: list[TokenSequence] = list(layout.sequences(examples))
     with reference.scorer() as score:
         fresh = score(sequences)
         dtype = autocast or next(p.dtype for p in score.model.parameters() if p.is_floating_point())
     reference.release()
-    worst = compare_logps(fresh, cache.lookup(sequences), dtype, f"the reference ({reference.source})", examples)
-    logger.info("reference log-probs: %d cached pairs recomputed, %.1e nats a token apart", len(examples), worst)
+    worst = compare_logps(
+        fresh, cache.lookup(sequences), dtype, f"the reference ({reference.source})", examples, layout
+    )
+    logger.info("reference log-probs: %d cached examples recomputed, %.1e nats a token apart", len(examples), worst)
 
 
 def compare_logps(
-    fresh: Sequence[np.ndarray], cached: Sequence[np.ndarray], dtype: torch.dtype, whose: str, examples: Dataset
-) -> float:
+    fresh: Sequence[np.ndarray], cached: Sequence[np.ndarray], dtype: torch.dtype, whose: str, examples: Dataset,
+    layout: Layout = PAIRS,
+) -> float:  # fmt: skip
     """Largest mean difference per token of a sequence, in nats.
 
-    fresh, cached: per-token log-probs, chosen and rejected interleaved. dtype: that of the computation. Raises
-    ReferenceMismatchError, naming the pair, where the difference is larger than rounding makes it.
+    fresh, cached: per-token log-probs, in the order of `layout.sequences(examples)`. dtype: that of the computation.
+    Raises ReferenceMismatchError, naming the example, where the difference is larger than rounding makes it.
     """
     differences = [float(np.abs(a - b).mean()) for a, b in zip(fresh, cached, strict=True)]
     worst = int(np.argmax(differences))
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
     if not differences[worst] <= tolerance:  # nan too
-        row = f" (row {examples['row'][worst // 2]} of the data set)" if "row" in examples.column_names else ""
+        index, side = divmod(worst, len(layout.scored))
+        row = f" (row {examples['row'][index]} of the data set)" if "row" in examples.column_names else ""
         raise ReferenceMismatchError(
-            f"the cached reference log-probs of the {('chosen', 'rejected')[worst % 2]} response of pair "
-            f"{worst // 2}{row} are {differences[worst]:.2e} nats a token away from those of {whose}; accepted are "
+            f"the cached reference log-probs of {list(layout.scored)[side]} of {layout.unit} {index}{row} are "
+            f"{differences[worst]:.2e} nats a token away from those of {whose}; accepted are "
             f"{tolerance:g} in {dtype}. The cache was damaged or belongs to another model: name another cache_dir"
         )
     return differences[worst]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fastalign.losses import DPO_LOSSES
+from fastalign.losses import DPO_LOSSES, DPOOptions
 from fastalign.trainers import DPOConfig
 
 
@@ -42,8 +42,65 @@ def test_every_field_says_what_it_is():
 
 def test_loss_type_as_a_list_of_one(tmp_path):
     assert config(tmp_path, loss_type=["hinge"]).loss_type == "hinge"
-    with pytest.raises(ValueError, match="loss_type"):
-        config(tmp_path, loss_type=["sigmoid", "hinge"])
+    weighted = config(tmp_path, loss_type=["hinge"], loss_weights=[0.5])
+    assert (weighted.loss_type, weighted.loss_weights) == (["hinge"], [0.5])
+    assert config(tmp_path, loss_type=["sigmoid", "hinge"]).loss_types == ("sigmoid", "hinge")
+
+
+def test_the_losses_options_are_fields_with_their_defaults(tmp_path):
+    """One list of options: those of the losses; TRL's names and defaults."""
+    args = config(tmp_path)
+    assert {name: getattr(args, name) for name in DPOOptions._fields} == DPOOptions()._asdict()
+    assert (args.simpo_gamma, args.cpo_alpha, args.desirable_weight, args.undesirable_weight) == (0.5, 1.0, 1.0, 1.0)
+
+
+SET = {
+    "loss_weights": ([0.5], ["sigmoid"]), "label_smoothing": (0.1, "robust"), "length_alpha": (0.1, "hinge"),
+    "f_divergence_type": ("js_divergence", "ipo"), "ld_alpha": (0.5, "sigmoid"), "use_weighting": (True, "apo_zero"),
+    "discopop_tau": (0.1, "discopop"), "simpo_gamma": (1.0, "simpo"), "cpo_alpha": (0.5, "cpo"),
+    "desirable_weight": (2.0, "kto"), "undesirable_weight": (2.0, "bco"), "bco_running_shift": (True, "bco_pair"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SET)
+def test_an_option_is_taken_by_its_losses_and_refused_by_others(tmp_path, name):
+    value, loss_type = SET[name]
+    assert getattr(config(tmp_path, loss_type=loss_type, **{name: value}), name) == value
+    if name != "loss_weights":
+        other = "nca_pair" if name not in ("ld_alpha", "use_weighting") else "kto"
+        with pytest.raises(ValueError, match=name):
+            config(tmp_path, loss_type=other, **{name: value})
+
+
+def test_where_the_reference_is(tmp_path):
+    """Scored beforehand by default; live where it changes; nowhere for losses without one."""
+    assert config(tmp_path).precompute_ref_log_probs is True
+    assert config(tmp_path, precompute_ref_log_probs=False).precompute_ref_log_probs is False
+    assert config(tmp_path, sync_ref_model=True).precompute_ref_log_probs is False
+    assert config(tmp_path, loss_type="simpo").precompute_ref_log_probs is False
+    assert config(tmp_path, loss_type=["simpo", "sigmoid"]).precompute_ref_log_probs is True
+    assert dataclasses.replace(config(tmp_path, sync_ref_model=True)).sync_ref_model
+
+
+REFERENCE_REFUSALS = [
+    ("precompute_ref_log_probs", {"sync_ref_model": True, "precompute_ref_log_probs": True}),
+    ("use_peft", {"sync_ref_model": True, "use_peft": True}),
+    ("ref_model_mixup_alpha", {"ref_model_mixup_alpha": 0.5}),
+    ("ref_model_sync_steps", {"ref_model_sync_steps": 10}),
+    ("ref_model_mixup_alpha", {"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}),
+    ("ref_model_sync_steps", {"sync_ref_model": True, "ref_model_sync_steps": 0}),
+    ("precompute_ref_batch_tokens", {"precompute_ref_log_probs": False, "precompute_ref_batch_tokens": 512}),
+    ("ref_model_name_or_path", {"loss_type": "cpo", "ref_model_name_or_path": "sft"}),
+    ("sync_ref_model", {"loss_type": "orpo", "sync_ref_model": True}),
+    ("precompute_ref_log_probs", {"loss_type": "sft", "precompute_ref_log_probs": True}),
+    ("precompute_ref_batch_tokens", {"loss_type": "simpo", "precompute_ref_batch_tokens": 512}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), REFERENCE_REFUSALS)
+def test_settings_of_another_place_of_the_reference(tmp_path, name, settings):
+    with pytest.raises(ValueError, match=name):
+        config(tmp_path, **settings)
 
 
 def test_choices_are_the_losses():
@@ -51,11 +108,9 @@ def test_choices_are_the_losses():
 
 
 UNSUPPORTED = {
-    "loss_weights": [1.0], "ld_alpha": 0.5, "f_divergence_type": "js_divergence", "f_alpha_divergence_coef": 0.9,
-    "discopop_tau": 0.1, "use_weighting": True, "padding_free": True, "sync_ref_model": True,
-    "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 10, "activation_offloading": True, "dataset_num_proc": 2,
-    "pad_token": "<pad>", "precompute_ref_log_probs": False, "precompute_ref_batch_size": 8, "use_liger_kernel": True,
-    "label_smoothing_factor": 0.1, "torch_compile": True, "batch_eval_metrics": True,
+    "padding_free": True, "activation_offloading": True, "dataset_num_proc": 2, "pad_token": "<pad>",
+    "precompute_ref_batch_size": 8, "use_liger_kernel": True, "label_smoothing_factor": 0.1, "torch_compile": True,
+    "batch_eval_metrics": True,
 }  # fmt: skip
 
 

@@ -52,9 +52,8 @@ def test_reference_by_name_equals_reference_in_memory(kit):
 def test_no_reference_is_held_while_training(kit):
     reference = kit.model(seed=7)
     trainer = kit.trainer(kit.model(), kit.pairs(4), ref_model=reference)
-    models = {id(m) for value in vars(trainer).values() if isinstance(value, torch.nn.Module) for m in [value]}
-    assert models == {id(trainer.model)}
-    assert trainer._reference is None
+    held = [*vars(trainer).values(), *vars(trainer._reference).values()]
+    assert {id(value) for value in held if isinstance(value, torch.nn.Module)} == {id(trainer.model)}
 
 
 def test_wrong_log_probs_of_a_separate_reference_are_noticed(kit, monkeypatch):

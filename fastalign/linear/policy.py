@@ -67,7 +67,12 @@ def linear_ppo_loss(
     _check_sequences(targets, cu_seqlens, options, *whole)
     mask = targets != ignore_index
     inputs["weights"], denominator = token_weights(
-        mask, options.aggregation, num_items, max_completion_length, cu_seqlens=cu_seqlens
+        mask,
+        options.aggregation,
+        num_items,
+        max_completion_length,
+        cu_seqlens=cu_seqlens,
+        dtype=torch.promote_types(hidden.dtype, torch.float32),
     )
     corrections: dict[str, Metric] = {}
     if sampler_logps is not None:
@@ -112,7 +117,9 @@ class _Streamed:
 
 
 def _sequences(scored: LinearLogps, cu: Tensor | None) -> Sequences | None:
-    return None if cu is None else Sequences(torch.ones_like(scored.logps, dtype=torch.bool), cu)
+    return (
+        None if cu is None else Sequences(torch.ones_like(scored.logps, dtype=torch.bool), cu, dtype=scored.logps.dtype)
+    )
 
 
 def _per_token(targets: Tensor, given: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -95,18 +95,18 @@ def _ratio(options: PolicyOptions, log_ratio: Tensor, sequences: Sequences | Non
 
 def token_weights(
     mask: Tensor, aggregation: str, num_items: int | Tensor | None = None, max_completion_length: int | None = None,
-    *, cu_seqlens: Tensor | None = None,
+    *, cu_seqlens: Tensor | None = None, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | int]:  # fmt: skip
-    """How per-token losses are added up: (weights of mask's shape, float32, 0 outside the mask; the denominator).
+    """How per-token losses are added up: (weights of mask's shape, 0 outside the mask; the denominator).
 
     mask: bool (B, T), or (N,) with cu_seqlens on the host. num_items: the denominator's count over all micro-batches
     and processes: tokens for "token_mean", sequences with at least one token for the others. None: those at hand.
     """
     if aggregation == "token_mean":
-        weights = mask.to(torch.float32)
+        weights = mask.to(dtype)
         return weights, weights.sum().clamp(min=1) if num_items is None else num_items
-    sequences = Sequences(mask, cu_seqlens)
-    weights = sequences.shares() if aggregation == "sequence_mean" else mask.to(torch.float32)
+    sequences = Sequences(mask, cu_seqlens, dtype=dtype)
+    weights = sequences.shares() if aggregation == "sequence_mean" else mask.to(dtype)
     count = sequences.count.clamp(min=1) if num_items is None else num_items
     if aggregation == "constant":
         assert max_completion_length is not None
@@ -193,7 +193,7 @@ def ppo_loss(
         "sampler_logps": sampler_logps,
     }  # fmt: skip
     values, mask = masked(logps, given, mask)
-    sequences = Sequences(mask) if options.by_sequence else None
+    sequences = Sequences(mask, dtype=values["logps"].dtype) if options.by_sequence else None
     weights: Tensor | None = None
     corrections: dict[str, Metric] = {}
     if sampler_logps is not None:
@@ -224,7 +224,7 @@ def policy_metrics(
     count = weights.sum()
     shares, ratios = weights, count
     if sequences is not None:
-        shares, ratios = sequences.shares().to(logps.dtype), sequences.count.to(logps.dtype)
+        shares, ratios = sequences.shares(), sequences.count.to(logps.dtype)
 
     def mean(values: Tensor) -> Metric:
         return Metric((values.to(weights.dtype) * weights).sum(), count)
@@ -289,6 +289,6 @@ def _aggregated(
 ) -> Tensor:  # fmt: skip
     if reduction == "none":
         return losses * mask
-    weights, denominator = token_weights(mask, aggregation, num_items, max_completion_length)
-    total = (losses * weights.to(losses.dtype)).sum()
+    weights, denominator = token_weights(mask, aggregation, num_items, max_completion_length, dtype=losses.dtype)
+    total = (losses * weights).sum()
     return total if reduction == "sum" else total / denominator

@@ -64,9 +64,9 @@ def sampler_weights(
     difference = torch.where(mask, old_logps.to(dtype) - sampler_logps.to(dtype), 0)
     shares, count = mask.to(dtype), mask.sum().to(dtype)
     if sampler_correction.startswith("sequence"):
-        sequences = Sequences(mask, cu_seqlens)
+        sequences = Sequences(mask, cu_seqlens, dtype=dtype)
         difference = sequences.spread(sequences.sums(difference))
-        shares, count = sequences.shares().to(dtype), sequences.count.to(dtype)
+        shares, count = sequences.shares(), sequences.count.to(dtype)
     ratio = difference.exp()
     over = ratio > sampler_cap
     weights = torch.where(over, sampler_cap if sampler_correction.endswith("truncate") else 0.0, ratio)

@@ -10,17 +10,17 @@ class Sequences:
     """Which sequence each token belongs to, and how many tokens of it count.
 
     mask: bool, True where a token counts: padded (B, T), a row a sequence, or packed (N,) with cu_seqlens (S + 1,) on
-    the host. Nothing waits for the device.
+    the host. dtype: of lengths and shares. Nothing waits for the device.
     """
 
-    def __init__(self, mask: Tensor, cu_seqlens: Tensor | None = None) -> None:
+    def __init__(self, mask: Tensor, cu_seqlens: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> None:
         self.mask, self._offsets = mask, None
         if cu_seqlens is not None:
             lengths = cu_seqlens.diff()
             index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
             self._index = index.to(mask.device, non_blocking=True)
             self._offsets = cu_seqlens.to(device=mask.device, dtype=torch.int64, non_blocking=True)
-        self.lengths = self.sums(mask.to(torch.float32))
+        self.lengths = self.sums(mask.to(dtype))
 
     @property
     def count(self) -> Tensor:
@@ -44,8 +44,8 @@ class Sequences:
 
     def mean(self, values: Tensor) -> Tensor:
         """At each token the mean over those of its sequence; values are 0 outside the mask."""
-        return self.spread(self.sums(values) / self.lengths.clamp(min=1).to(values.dtype))
+        return self.spread(self.sums(values) / self.lengths.clamp(min=1))
 
     def shares(self) -> Tensor:
-        """1/|y| at each token of y that counts, 0 elsewhere: float32, adding up to 1 over y."""
+        """1/|y| at each token of y that counts, 0 elsewhere."""
         return self.mask / self.spread(self.lengths.clamp(min=1))

@@ -15,6 +15,8 @@ from fastalign.trainers import (
     DPOTrainer,
     PPOConfig,
     PPOTrainer,
+    PROConfig,
+    PROTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -94,6 +96,17 @@ class Kit:
         rows = [{"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids(), "row": i} for i in range(n)]
         return Dataset.from_list(rows)
 
+    @staticmethod
+    def labelled(n: int, seed: int = 0, longest: int = 16) -> Dataset:
+        """Responses that are good or not, more of them good."""
+        rng = np.random.default_rng(seed)
+
+        def ids() -> list[int]:
+            return rng.integers(3, VOCAB, rng.integers(2, longest)).tolist()
+
+        rows = [{"prompt_ids": ids(), "completion_ids": ids(), "label": bool(rng.random() < 0.6)} for _ in range(n)]
+        return Dataset.from_list([row | {"row": i} for i, row in enumerate(rows)])
+
     def config(self, **settings) -> DPOConfig:
         defaults = {
             "output_dir": str(self.folder / "out"), "cache_dir": str(self.folder / "cache"), "use_cpu": True,
@@ -170,6 +183,35 @@ class Kit:
             self.model() if model is None else model, SFTConfig(**(defaults | settings)),
             train_dataset=self.sequences(8) if train is None else train, eval_dataset=evaluation,
             processing_class=self.tokenizer, peft_config=peft_config,
+        )  # fmt: skip
+
+    @staticmethod
+    def lists(n: int, seed: int = 0, longest: int = 12, scores: bool = False) -> Dataset:
+        """Ranked lists of two to five random responses, with ties."""
+        rng = np.random.default_rng(seed)
+        rows = []
+        for i in range(n):
+            k = int(rng.integers(2, 6))
+            ids = [rng.integers(3, VOCAB, rng.integers(2, longest)).tolist() for _ in range(k + 1)]
+            ranks = [1, 2, *rng.integers(1, 4, k - 2).tolist()]
+            row = {"prompt_ids": ids[0], "response_ids": ids[1:], "ranks": [float(r) for r in ranks], "row": i}
+            rows.append(row | ({"scores": [-0.5 * r for r in ranks]} if scores else {}))
+        return Dataset.from_list(rows)
+
+    def pro(
+        self, model=None, train=None, evaluation=None, *, ref_model=None, peft_config=None, callbacks=None, **settings
+    ) -> PROTrainer:
+        defaults = {
+            "output_dir": str(self.folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 0.1,
+            "optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        if not settings.get("reference_free", True):
+            defaults["cache_dir"] = str(self.folder / "cache")
+        return PROTrainer(
+            self.model() if model is None else model, ref_model, PROConfig(**(defaults | settings)),
+            train_dataset=self.lists(8) if train is None else train, eval_dataset=evaluation,
+            processing_class=self.tokenizer, peft_config=peft_config, callbacks=callbacks,
         )  # fmt: skip
 
     @staticmethod

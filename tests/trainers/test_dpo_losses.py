@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from fastalign.losses import DPO_LOSSES, dpo_loss, kto_kl, kto_loss
 
@@ -25,17 +24,6 @@ MORE = {  # options that reach the loss by ways of their own
 SETTINGS = {name: {"loss_type": name} | NEEDED.get(name, {}) for name in DPO_LOSSES} | MORE
 
 
-def labelled(n, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def ids():
-        return rng.integers(3, 61, rng.integers(2, 16)).tolist()
-
-    return Dataset.from_list(
-        [{"prompt_ids": ids(), "completion_ids": ids(), "label": bool(rng.random() < 0.6), "row": i} for i in range(n)]
-    )
-
-
 def rows_of(settings):
     names = settings.get("loss_type", "sigmoid")
     return DPO_LOSSES[names if isinstance(names, str) else names[0]].rows
@@ -48,7 +36,7 @@ def needs_reference(settings):
 
 def make(kit, settings, n=8, *, model=None, evaluation=None, **more):
     """A policy that is not its reference, where there is one; sequential batches."""
-    data = labelled(n) if rows_of(settings) == "responses" else kit.pairs(n)
+    data = kit.labelled(n) if rows_of(settings) == "responses" else kit.pairs(n)
     reference = kit.model(seed=7) if needs_reference(settings) else None
     more = {"train_sampling_strategy": "sequential"} | more
     policy = kit.model() if model is None else model
@@ -175,7 +163,7 @@ def test_a_loss_of_ranks_sorts_each_device_batch(kit, name):
 @pytest.mark.parametrize("size", [1, 4])
 def test_evaluation_does_not_depend_on_its_batches(kit, name, size):
     settings = SETTINGS[name]
-    held_out = labelled(7, 1) if rows_of(settings) == "responses" else kit.pairs(7, 1)
+    held_out = kit.labelled(7, 1) if rows_of(settings) == "responses" else kit.pairs(7, 1)
     trainer = make(kit, settings, 4, evaluation=held_out, per_device_eval_batch_size=size, micro_batch_tokens=40)
     examples = [trainer.eval_dataset[i] for i in range(7)]
     expected = naive_loss(kit.model(), kit.model(seed=7), examples, trainer.args)

@@ -1,0 +1,76 @@
+"""Losses that look beyond their batch, in two processes with gloo: what one gives."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RUNS = {
+    "kto": {"loss_type": "kto"},
+    "bco": {"loss_type": "bco"},
+    "sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "tr-dpo": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+}
+TIMES = {"tokens_per_second", "epoch"}
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def train(kit, **settings):
+    """What a run came to, in this process: three steps of eight, an evaluation whose last batch is filled up."""
+    defaults = {
+        "train_sampling_strategy": "sequential", "backend": "torch", "micro_batch_tokens": 64, "max_steps": 3,
+        "per_device_eval_batch_size": 2, "save_strategy": "steps", "save_steps": 3,
+    }  # fmt: skip
+    unpaired = settings.get("loss_type") in ("kto", "bco")
+    data = [kit.labelled(n, seed) if unpaired else kit.pairs(n, seed) for n, seed in ((24, 0), (7, 1))]
+    trainer = kit.trainer(kit.model().double(), *data, **(defaults | settings))
+    trainer.train()
+    folder = Path(trainer.args.output_dir) / "checkpoint-3"
+    return {
+        "weights": kit.weights(trainer), "logs": kit.logs(trainer), "eval": trainer.evaluate(),
+        "state": trainer.run_state(), "saved": sorted(path.name for path in folder.iterdir()),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """All runs in two processes: by rank, in the order of RUNS."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = [sys.executable, str(Path(__file__).with_name("dpo_worker.py")), str(folder)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(worker, env=env | {"RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]
+    for process in workers:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(2)]
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)), ids=list(RUNS))
+def test_two_processes_give_what_one_gives(kit, two, index):
+    one = train(kit, **(list(RUNS.values())[index] | {"per_device_train_batch_size": 8}))
+    got, other = two[0][index], two[1][index]
+    kit.assert_same(got["weights"], one["weights"], rtol=1e-9, atol=1e-11)
+    kit.assert_same(got["weights"], other["weights"], rtol=0, atol=0)
+    assert len(got["logs"]) == len(one["logs"]) == 3
+    for a, b in zip(got["logs"], one["logs"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - TIMES:
+            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
+    for name, value in one["eval"].items():
+        if not any(part in name for part in ("runtime", "per_second", "epoch")):
+            assert got["eval"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    if "reward_shift" in one["state"]:
+        assert got["state"]["reward_shift"] == pytest.approx(one["state"]["reward_shift"], rel=1e-9)
+        assert got["state"]["reward_shift"][1] + got["state"]["reward_shift"][3] == 24
+    assert [name for name in got["saved"] if "rng" not in name] == [name for name in one["saved"] if "rng" not in name]

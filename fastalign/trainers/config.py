@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -18,6 +18,11 @@ from fastalign.ops.schedule import SCHEDULES
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# pad_to_multiple_of may be given as text, and is a number or None once __post_init__ has seen it
+if TYPE_CHECKING:
+    _Multiple = int | None
+else:
+    _Multiple = int | str | None
 REFUSED = "Not supported yet: any other value is refused."
 
 
@@ -93,7 +98,7 @@ class TrainerConfig(TrainingArguments):
     dataset_name: str | None = field(default=None, metadata=described("Data: a file, a folder or a hub name."))
     dataset_config: str | None = field(default=None, metadata=described("Configuration (subset) of a hub data set."))
     dataset_train_split: str = field(
-        default="train", metadata=described("Split to train on; slices as in train[:90%] are taken.")
+        default="train", metadata=described("Split to train on; slices as in train[:900] are taken.")
     )
     dataset_test_split: str | None = field(default=None, metadata=described("Split to evaluate on; none unless given."))
     dataset_format: str = field(
@@ -119,8 +124,9 @@ class TrainerConfig(TrainingArguments):
     on_bad_row: str = field(
         default="error", metadata=described("Refuse a data set with bad rows, or leave them out.", choices=ON_BAD_ROW)
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata=described("Pad sequences to a multiple of this length.")
+    pad_to_multiple_of: _Multiple = field(
+        default=None,
+        metadata=described("Pad sequences to a multiple of this length. auto and null: to the longest of a batch."),
     )
 
     # ---- engine
@@ -175,6 +181,7 @@ class TrainerConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
         self._resolve_checkpointing()
         super().__post_init__()
         self._refuse_unsupported()
@@ -227,6 +234,16 @@ class TrainerConfig(TrainingArguments):
         for name, choices in (("dtype", _DTYPES), ("dataset_format", FORMATS), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
+
+
+def _multiple(given: int | str | None) -> int | None:
+    """`pad_to_multiple_of` as a number: TRL takes it as text too, and "auto", which pads on AWS Trainium alone."""
+    if given is None or (isinstance(given, str) and given.lower() in ("auto", "none", "null")):
+        return None
+    number = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"pad_to_multiple_of={given!r}: a positive whole number, 'auto' or None is accepted")
+    return number
 
 
 def by_device(given: int | None, defaults: dict[str, int], args: TrainerConfig) -> int:

@@ -62,6 +62,13 @@ def checked_model(
     return model, args
 
 
+def refuse_logits(**functions: Any) -> None:
+    """ValueError for a function that was given and would need logits."""
+    for name, function in functions.items():
+        if function is not None:
+            raise ValueError(f"{name} is not supported: no logits exist to hand to it")
+
+
 def load_tokenizer(processing_class: Any, model: str | nn.Module, args: TrainerConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that was given, or the one saved beside the model (beside its base model, for a bare adapter).
 
@@ -73,9 +80,8 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, args: TrainerC
             raise ValueError("processing_class is missing and the model does not say where it was loaded from")
         if not (Path(name) / "tokenizer_config.json").is_file() and (base := adapter_base(name)):
             name = base
-        return AutoTokenizer.from_pretrained(
-            name, revision=args.model_revision, trust_remote_code=args.trust_remote_code
-        )
+        revision = loading_arguments(args).get("revision")
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     if isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"processing_class is a {type(processing_class).__name__}; vision-language models are not supported"
@@ -86,7 +92,7 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, args: TrainerC
 
 
 def loading_arguments(args: TrainerConfig, quantization_config: Any = None) -> dict[str, Any]:
-    """What `from_pretrained` gets beside name and dtype. ValueError if a setting is given twice."""
+    """What `from_pretrained` gets beside name and dtype. ValueError if a setting is given twice, differently."""
     given = args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ValueError(f"model_init_kwargs={given!r}: a mapping is accepted")
@@ -97,8 +103,9 @@ def loading_arguments(args: TrainerConfig, quantization_config: Any = None) -> d
         "quantization_config": quantization_config,
     }
     own = {name: value for name, value in settings.items() if value is not None}
-    if twice := sorted(own.keys() & given.keys()):
-        raise ValueError(f"{twice[0]} is set both by itself and in model_init_kwargs; set it once")
+    for name in sorted(own.keys() & given.keys()):
+        if own[name] != given[name]:  # scripts written for TRL give some of them twice
+            raise ValueError(f"{name} is {own[name]!r} by itself and {given[name]!r} in model_init_kwargs; set it once")
     return own | given
 
 

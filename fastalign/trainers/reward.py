@@ -35,6 +35,7 @@ from fastalign.trainers.loading import (
     load_tokenizer,
     lora_config,
     prepare_checkpointing,
+    refuse_logits,
 )
 from fastalign.trainers.reward_config import RewardConfig
 from fastalign.trainers.reward_examples import TOKENISED_COLUMNS, RewardExamples
@@ -61,9 +62,10 @@ class RewardTrainer(FusedTrainer):
             `prepare_labelled` (Dataset, list of rows, file, folder, hub name), or a Dataset with their columns;
             eval_dataset may be a dict of them, and of another kind. Default: args.dataset_name and its splits.
         processing_class: the tokenizer; default the model's own.
-        compute_metrics: refused, as there are no logits to compute metrics from.
-        callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
-            make a peft_config too. The head trains in full beside an adapter, and is saved with it.
+        compute_metrics, preprocess_logits_for_metrics: refused, as there are no logits for them.
+        callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config: as in transformers and TRL;
+            the config's lora_* fields make a peft_config too. The head trains in full beside an adapter, and is saved
+            with it.
         reward_reference: data whose responses' rewards normalisation is measured on, see RewardConfig.
 
     Attributes: data_reports, what became of each data set's rows.
@@ -85,11 +87,14 @@ class RewardTrainer(FusedTrainer):
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         reward_reference: Any = None,
     ) -> None:
         model, args = checked_model(model, args, RewardConfig, compute_metrics)
+        refuse_logits(preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         peft_config = scalar_adapter_config(args, peft_config)
         if reward_reference is not None and args.normalize_rewards == "none":
             raise ValueError("reward_reference has no effect with normalize_rewards='none'")
@@ -124,6 +129,7 @@ class RewardTrainer(FusedTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self._train_meter = RewardMeter(self.accelerator.gather)
         self._eval_meter = RewardMeter(self.accelerator.gather, errors=True)

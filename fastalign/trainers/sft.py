@@ -24,6 +24,7 @@ from fastalign.trainers.loading import (
     load_tokenizer,
     lora_config,
     prepare_checkpointing,
+    refuse_logits,
     router_coefficient,
 )
 from fastalign.trainers.router import with_router_loss
@@ -47,9 +48,9 @@ class SFTTrainer(FusedTrainer):
             folder, hub name), or a Dataset with input_ids and completion_mask; eval_dataset may be a dict of them.
             Default: args.dataset_name and its splits.
         processing_class: the tokenizer; default the model's own.
-        compute_metrics: refused, as there are no logits to compute metrics from.
-        callbacks, optimizers, quantization_config, peft_config: as in transformers and TRL; the config's lora_* fields
-            make a peft_config too.
+        compute_loss_func, compute_metrics, preprocess_logits_for_metrics: refused, as there are no logits for them.
+        callbacks, optimizers, optimizer_cls_and_kwargs, quantization_config, peft_config: as in transformers and TRL;
+            the config's lora_* fields make a peft_config too.
         formatting_func: makes the text to train on from a row.
 
     Attributes: data_reports, what became of each data set's rows.
@@ -68,14 +69,18 @@ class SFTTrainer(FusedTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_loss_func: Any = None,
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         formatting_func: FormattingFunc | None = None,
     ) -> None:
         model, args = checked_model(model, args, SFTConfig, compute_metrics)
+        refuse_logits(compute_loss_func=compute_loss_func, preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         peft_config = lora_config(args, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args)
         prepare_tokenizer(tokenizer, args)
@@ -113,6 +118,7 @@ class SFTTrainer(FusedTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         fuse_head(self.model)
         if args.packing or self._eval_packing:

@@ -8,6 +8,8 @@ from typing import Any
 from fastalign.data.packing import PACKING_STRATEGIES
 from fastalign.trainers.config import REFUSED, TrainerConfig, described
 
+_RENAMED = {"chunked_nll": "nll", "bfd-requeue": "bfd_split"}  # TRL's deprecated names of what is honoured
+
 
 @dataclass
 class SFTConfig(TrainerConfig):
@@ -71,7 +73,10 @@ class SFTConfig(TrainerConfig):
 
     # ---- TRL's options that are not supported, with the one value each may have
     loss_type: str = field(
-        default="nll", metadata=described(f"{REFUSED} The head computes it tile by tile in any case.")
+        default="nll",
+        metadata=described(
+            f"{REFUSED} chunked_nll is the same: the head computes it tile by tile in any case.",
+        ),
     )
     shuffle_dataset: bool = field(
         default=False, metadata=described(f"{REFUSED} Batches are drawn at random unless train_sampling_strategy says.")
@@ -81,6 +86,8 @@ class SFTConfig(TrainerConfig):
     )
 
     def __post_init__(self) -> None:
+        self.loss_type = _RENAMED.get(self.loss_type, self.loss_type)
+        self.packing_strategy = _RENAMED.get(self.packing_strategy, self.packing_strategy)
         super().__post_init__()
         if self.packing_strategy not in PACKING_STRATEGIES:
             raise ValueError(

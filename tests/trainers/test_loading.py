@@ -106,7 +106,7 @@ def test_an_adapter_that_cannot_train_is_refused(kit):
 
 def test_settings_given_twice_are_refused(kit):
     kit.model().save_pretrained(kit.folder / "base")
-    with pytest.raises(ValueError, match="attn_implementation is set both"):
+    with pytest.raises(ValueError, match="attn_implementation is 'eager' by itself and 'sdpa' in model_init_kwargs"):
         kit.trainer(
             str(kit.folder / "base"), kit.pairs(4), attn_implementation="eager",
             model_init_kwargs={"attn_implementation": "sdpa"},

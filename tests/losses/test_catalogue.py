@@ -4,11 +4,33 @@ import inspect
 from typing import ClassVar
 
 import pytest
+
 from fastalign.linear import linear_dpo_loss, linear_kto_loss
 from fastalign.losses import DPO_LOSSES, DPOOptions, check_dpo_options, dpo_loss, kto_loss
 
-TABLE = """sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
-discopop sft simpo orpo cpo kto bco apo_zero_unpaired""".split()
+TABLE = [
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "simpo",
+    "orpo",
+    "cpo",
+    "kto",
+    "bco",
+    "apo_zero_unpaired",
+]
 REWARD_DIFFERENCE = {"sigmoid", "robust", "hinge", "exo_pair", "discopop"}
 
 

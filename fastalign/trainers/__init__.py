@@ -4,6 +4,8 @@ from fastalign.trainers.dpo import DPOTrainer
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.ppo import PPOTrainer
 from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.pro import PROTrainer
+from fastalign.trainers.pro_config import PROConfig
 from fastalign.trainers.reward import RewardTrainer
 from fastalign.trainers.reward_config import RewardConfig
 from fastalign.trainers.sft import SFTTrainer
@@ -14,6 +16,8 @@ __all__ = [
     "DPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PROConfig",
+    "PROTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -1,6 +1,6 @@
 """One of two processes: `python worker.py FOLDER SETTINGS [KIND]`, started by a test with torchrun's environment.
 
-Without KIND it trains by DPO, with "sft" by SFT, otherwise a reward model on that kind of judgement.
+Without KIND it trains by DPO, with "sft" by SFT, with "pro" by PRO, otherwise a reward model on that kind of judgement.
 """
 
 import importlib.util
@@ -22,6 +22,9 @@ kind = sys.argv[3] if len(sys.argv) > 3 else None
 if kind == "sft":
     data = kit.sequences(24), kit.sequences(7, seed=1)
     trainer = kit.sft(kit.model().double(), *data, ddp_backend="gloo", **settings)
+elif kind == "pro":
+    data = kit.lists(24, scores=True), kit.lists(7, seed=1, scores=True)
+    trainer = kit.pro(kit.model().double(), *data, ddp_backend="gloo", **settings)
 elif kind:
     rewards = conftest.RewardKit(kit)
     data = [rewards.data(kind, n, seed=seed) for n, seed in ((24, 0), (7, 1))]
@@ -32,6 +35,6 @@ trainer.train()
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     result = {"weights": kit.weights(trainer), "logs": kit.logs(trainer), "eval": metrics}
-    if kind not in (None, "sft"):
+    if kind not in (None, "sft", "pro"):
         result["normalization"] = tuple(reward_normalization(trainer.model))
     torch.save(result, folder / "result.pt")

@@ -18,6 +18,7 @@ COMMANDS = {
     "sft": "fine-tune a model on text, conversations, or completions of prompts",
     "reward": "train a reward model on comparisons, rankings or labels",
     "dpo": "train a policy on preference pairs",
+    "pro": "train a policy on ranked responses",
     "ppo": "train a policy on its own completions, scored by reward models or functions",
     "cache": "build, inspect or verify a cache of reference log-probs",
     "env": "print versions, devices and backends, and why one is unavailable",

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from fastalign.losses import DPO_LOSSES
+from fastalign.trainers import dpo as trainer_dpo
 from fastalign.trainers.reference import ReferenceMismatchError
 
 
@@ -33,3 +35,41 @@ def test_wrong_log_probs_are_noticed_before_training(kit, monkeypatch):
     second = kit.trainer(kit.model(), kit.pairs(5))
     with pytest.raises(ReferenceMismatchError, match=r"pair \d \(row \d of the data set\)"):
         second.train()
+
+
+OPTIONS = {
+    "exo_pair": {"label_smoothing": 0.1}, "bco_pair": {"bco_running_shift": True}, "ld": {"ld_alpha": 0.5},
+    "wpo": {"use_weighting": True}, "several": {"loss_type": ["sigmoid", "sft", "ipo"], "loss_weights": [1, 0.5, 2]},
+    "js": {"f_divergence_type": "js_divergence", "length_alpha": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*DPO_LOSSES, "ld", "wpo", "several", "js"])
+def test_every_loss_starts_where_policy_and_reference_agree(kit, name, monkeypatch):
+    """The check compares with the formula at the reference; it fails where the trained loss is another one."""
+    settings = ({"loss_type": name} if name in DPO_LOSSES else {}) | OPTIONS.get(name, {})
+    data = kit.labelled(6) if DPO_LOSSES.get(name, DPO_LOSSES["sigmoid"]).rows == "responses" else kit.pairs(6)
+    trainer = kit.trainer(kit.model(), data, **settings)
+    got = trainer.check_start()
+    if not trainer.args.needs_reference:
+        assert got is None
+        return
+    original = trainer_dpo.fused_loss
+
+    def another(*args):
+        return lambda hidden, head: (out := original(*args)(hidden, head))._replace(loss=out.loss * 1.5 + 0.2)
+
+    monkeypatch.setattr(trainer_dpo, "fused_loss", another)
+    with pytest.raises(ReferenceMismatchError, match="before training the loss"):
+        trainer.check_start()
+
+
+def test_wrong_log_probs_of_mismatched_responses_are_noticed(kit):
+    trainer = kit.trainer(kit.model(), kit.labelled(6), loss_type="kto")
+    assert trainer.check_start() == pytest.approx(0.5, abs=1e-5)
+    wrong = trainer.train_dataset.with_format(None).map(
+        lambda e: {"ref_kl_logps": [x - 0.5 for x in e["ref_kl_logps"]]}
+    )
+    trainer.train_dataset = wrong.with_format("numpy")
+    with pytest.raises(ReferenceMismatchError, match=r"kl_completion_ids of example \d \(row \d"):
+        trainer.check_start()

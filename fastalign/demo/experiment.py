@@ -134,7 +134,7 @@ def run(
     """
     chosen = DemoSettings(output_dir=str(output_dir), seed=seed, **settings)
     console = console or Console()
-    with _one_thread(), no_library_bars():
+    with one_thread(), no_library_bars():
         return _Demo(chosen, console).run()
 
 
@@ -265,7 +265,7 @@ class _Demo:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One torch thread: matrices this small gain nothing from a second one, and threads that wait for each other on a
     busy machine cost a factor of ten. The figures do not depend on the number of cores either."""
     before = torch.get_num_threads()

@@ -7,6 +7,11 @@
 TRL gives its models a fused head (`trl.trainer.utils.add_fused_lm_head`): called with `fused_lm_head=True`, the forward
 returns a `FusedCausalLMOutput` of per-token quantities instead of logits, and the trainers' losses and metrics are made
 of those alone. Here such a call is answered by `linear_logps`; every other one reaches TRL's forward.
+
+A script written for TRL may also take fastalign's own trainers, by its imports:
+
+    from fastalign import DPOConfig, DPOTrainer
+    from fastalign.integrations.trl import TrlParser     # where the script parses a command line
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastalign.integrations.patch import PatchHandle, check_local
+from fastalign.integrations.trl_parser import parser_class
 from fastalign.models import Head
 from fastalign.models.causal import run_head, verify_head
 from fastalign.models.head import base_causal_lm
@@ -39,6 +45,12 @@ _OUTPUTS = {
 _FIELDS = {"loss", "label_mask", "aux_loss", *_OUTPUTS}
 _MARK = "_fastalign_trl"
 _PREPARED = "_original_forward"  # where accelerate keeps the forward that it wraps
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrlParser":  # its base is TRL's, which is imported when it is asked for
+        return parser_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Settings(NamedTuple):

@@ -1,9 +1,26 @@
-"""The tiny models of tests/models, for patches on them."""
+"""The tiny models of tests/models, and what the tests on TRL's trainers share."""
 
 import importlib.util
 from pathlib import Path
 
-_SPEC = importlib.util.spec_from_file_location("models_conftest", Path(__file__).parents[1] / "models" / "conftest.py")
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-zoo = _MODULE.zoo
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+zoo = load(HERE.parent / "models" / "conftest.py").zoo
+
+
+@pytest.fixture(scope="session")
+def kit():
+    pytest.importorskip("trl", reason="TRL lives in an environment of its own: see tests/integrations/test_trl.py")
+    module = load(HERE / "trl_kit.py")
+    module.load = load
+    return module

@@ -78,7 +78,8 @@ def tiny_trainer(folder: str, inputs: dict[str, torch.Tensor]):
     count = PROMPTS * GENERATIONS
     args = trl.GRPOConfig(
         folder, report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=count,
-        gradient_accumulation_steps=1, num_generations=GENERATIONS, max_completion_length=LONGEST, beta=0.04, use_bias_correction_kl=False,
+        gradient_accumulation_steps=1, num_generations=GENERATIONS, max_completion_length=LONGEST, beta=0.04,
+        use_bias_correction_kl=False,
         vllm_importance_sampling_clip_max=CAP, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(

@@ -37,7 +37,8 @@ _EVALUATION = 2**31  # beside the number of a phase in the seed of a rollout
 
 
 class PPOTrainer(PassesTrainer):
-    """Trains a policy by reinforcement learning on its own completions: PPO (arXiv 1707.06347), GRPO, RLOO, REINFORCE.
+    """Trains a policy by reinforcement learning on its own completions: PPO (arXiv 1707.06347), RLOO, REINFORCE, GRPO,
+    Dr. GRPO, DAPO, GSPO, CISPO (args.loss_type).
 
     A step is one phase: prompts → completions → scores → KL-shaped token rewards → advantages → num_ppo_epochs passes
     over mini-batches. Policy and critic are one module under one optimizer. The head turns hidden states of completion

@@ -30,7 +30,8 @@ class PPOConfig(TrainerConfig):
     A *step*, in max_steps, logging_steps, save_steps and the learning-rate schedule, is one rollout phase with all its
     updates. A phase samples per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches completions
     in each process, and goes over them num_ppo_epochs times, with an optimizer step for each mini-batch of
-    per_device_train_batch_size × gradient_accumulation_steps completions (of each process). learning_rate is 1e-6,
+    per_device_train_batch_size × gradient_accumulation_steps completions (of each process). loss_type stands for the
+    options of a method; each can be given beside it (`losses.policy_options.POLICY_LOSSES`). learning_rate is 1e-6,
     adam_epsilon 1e-5 (arXiv 2403.17031).
 
     Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
@@ -176,7 +177,7 @@ class PPOConfig(TrainerConfig):
     loss_type: str = field(
         default="ppo",
         metadata=described(
-            "The method: what the fields are whose default is said to be that of loss_type.",
+            "The method, which is a set of defaults: of advantages, ratio, clip, aggregation and KL, as each says.",
             choices=tuple(POLICY_LOSSES),
         ),
     )

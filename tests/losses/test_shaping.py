@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign.losses import KL_ESTIMATORS, RunningMoments, shape_scores, token_rewards
+from fastalign.losses.shaping import overlong_penalty
 
 ESTIMATORS = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}
 
@@ -238,3 +239,13 @@ def test_scores_that_never_differ_are_not_blown_up(value):
 def test_shaping_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         shape_scores(torch.zeros(4), **change)
+
+
+def test_overlong_penalty_is_dapos():
+    """Eq. 13 with L_max = 10 and L_cache = 4: nothing up to 6, then a quarter a token."""
+    lengths = torch.tensor([1, 6, 7, 8, 10, 13])
+    assert overlong_penalty(lengths, max_length=10, buffer=4).tolist() == [0, 0, 0.25, 0.5, 1, 1]
+    assert overlong_penalty(lengths, max_length=10, buffer=10).tolist() == pytest.approx([0.1, 0.6, 0.7, 0.8, 1, 1])
+    for buffer in (0, 11):
+        with pytest.raises(ValueError, match=f"buffer={buffer}: it must be positive and at most max_length=10"):
+            overlong_penalty(lengths, max_length=10, buffer=buffer)

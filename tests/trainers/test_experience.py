@@ -116,6 +116,32 @@ def test_a_group_of_equal_scores_is_counted(kit):
     assert float(make_experience(args, **inputs).metrics["frac_reward_zero_std"].value) == 0.5
 
 
+def test_groups_without_spread_are_not_kept(kit):
+    inputs = given() | {"scores": torch.tensor([1.0, 1.0, 0.0, 3.0]), "values": None}
+    settings = {"advantage_estimator": "group", "num_generations": 2}
+    assert make_experience(kit.ppo_config(**settings), **inputs).kept is None
+    got = make_experience(kit.ppo_config(filter_groups=True, **settings), **inputs)
+    assert got.kept.tolist() == [False, False, True, True]
+    assert float(got.metrics["completions/filtered_ratio"].value) == 0.5
+    # a penalty on length is part of the score: completions of 3 tokens and 1 differ again
+    longer = kit.ppo_config(filter_groups=True, overlong_buffer=4, **settings)
+    assert make_experience(longer, **inputs).kept.tolist() == [True] * 4
+
+
+def test_long_completions_are_penalised(kit):
+    """Of at most 6 tokens, the last 4 of which cost a quarter of the penalty each."""
+    inputs = given()
+    args = kit.ppo_config(overlong_buffer=4, overlong_penalty=2.0, whiten_advantages=False, missing_eos_penalty=0.5)
+    got = make_experience(args, **inputs)
+    scores = [
+        score - 2.0 * max(n - 2, 0) / 4 - 0.5 * (not done)
+        for score, n, done in zip(SCORES, LENGTHS, FINISHED, strict=True)
+    ]
+    expected = advantages_of(shaped_rewards(inputs, scores), parts(inputs["values"]), 1.0, 0.95)
+    torch.testing.assert_close(got.advantages, flat(expected), rtol=1e-5, atol=1e-5)
+    assert float(got.metrics["objective/scores"].value) == pytest.approx(np.mean(SCORES))  # raw
+
+
 def test_scores_are_normalised_clipped_and_then_penalised(kit):
     inputs = given()
     moments = RunningMoments()

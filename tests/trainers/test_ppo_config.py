@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastalign.losses.policy_options import POLICY_LOSSES
 from fastalign.trainers import PPOConfig
 
 
@@ -19,6 +20,56 @@ def test_sizes_of_a_phase(kit):
         per_device_train_batch_size=4, gradient_accumulation_steps=3, num_mini_batches=2, num_generations=6
     )
     assert (config.mini_batch_size, config.rollout_batch_size, config.prompts_per_phase) == (12, 24, 4)
+
+
+PRESETS = {  # advantages, scaled, level, aggregation, clip range, KL in the rewards and in the loss
+    "ppo": ("gae", True, "token", "token_mean", (0.2, 0.2), (0.05, 0.0)),
+    "rloo": ("rloo", True, "token", "sequence_sum", (0.2, 0.2), (0.05, 0.0)),
+    "grpo": ("group", True, "token", "sequence_mean", (0.2, 0.2), (0.0, 0.04)),
+    "dr_grpo": ("group", False, "token", "constant", (0.2, 0.2), (0.0, 0.0)),
+    "dapo": ("group", True, "token", "token_mean", (0.2, 0.28), (0.0, 0.0)),
+    "gspo": ("group", True, "sequence", "sequence_mean", (3e-4, 4e-4), (0.0, 0.0)),
+    "cispo": ("group", True, "token", "token_mean", (1.0, 4.0), (0.0, 0.0)),
+}
+
+
+def of_method(config):
+    return (
+        config.advantage_estimator, config.scale_rewards, config.importance_sampling_level, config.loss_aggregation,
+        (config.cliprange, config.epsilon_high), (config.kl_coef, config.kl_loss_coef),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", POLICY_LOSSES)
+def test_a_loss_type_sets_what_its_paper_says(kit, loss_type):
+    groups = {} if loss_type == "ppo" else {"num_generations": 2}
+    config = kit.ppo_config(loss_type=loss_type, **groups)
+    assert of_method(config) == PRESETS[loss_type]
+    assert config.max_completion_length == (6 if loss_type == "dr_grpo" else None)
+    assert config.needs_reference is (loss_type in ("ppo", "rloo", "grpo"))
+
+
+def test_what_is_given_takes_the_place_of_a_loss_types_own(kit):
+    config = kit.ppo_config(
+        loss_type="gspo", num_generations=2, cliprange=0.1, loss_aggregation="constant", advantage_estimator="rloo",
+        kl_coef=0.1, importance_sampling_level="sequence_token",
+    )  # fmt: skip
+    assert of_method(config) == ("rloo", True, "sequence_token", "constant", (0.1, 4e-4), (0.1, 0.0))
+    assert kit.ppo_config(cliprange=0.1).epsilon_high == 0.1
+    assert kit.ppo_config(loss_type="grpo", num_generations=2, kl_loss_coef=0.0).needs_reference is False
+    plain = kit.ppo_config(loss_type="dr_grpo", num_generations=2, scale_rewards=True)
+    assert plain.scale_rewards is True
+
+
+def test_the_help_names_the_defaults_of_every_loss_type():
+    fields = PPOConfig.__dataclass_fields__
+    assert (
+        fields["loss_aggregation"]
+        .metadata["help"]
+        .endswith("By default sequence_sum in rloo; constant in dr_grpo; sequence_mean in grpo, gspo; else token_mean.")
+    )
+    assert "0.28 in dapo, 0.0004 in gspo, 4 in cispo, else cliprange" in fields["cliprange_high"].metadata["help"]
+    assert fields["loss_type"].metadata["choices"] == tuple(POLICY_LOSSES)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ RUNS = {
         "advantage_estimator": "group", "num_generations": 2, "max_steps": 2, "loss_aggregation": "constant",
         "missing_eos_penalty": 1.0, "kl_loss_coef": 0.1,
     },
+    "sequences, filter": {
+        "loss_type": "gspo", "num_generations": 2, "max_steps": 2, "filter_groups": True, "overlong_buffer": 3,
+        "cliprange": 0.01, "train_rows": 8,
+    },
 }  # fmt: skip
 SAMPLED = {"fixed": False, "optim": "adamw_torch", "learning_rate": 0.01, "num_mini_batches": 2, "train_rows": 19}
 TIMES = {"eps", "tokens_per_second", "epoch"}
@@ -115,7 +119,12 @@ def test_the_policy_waits_for_the_warm_up(two):
     assert logs[3]["objective/kl"] != pytest.approx(0, abs=1e-5)
 
 
+def test_the_filter_left_something_out(two):
+    logs = two[0][list(RUNS).index("sequences, filter")]["logs"]
+    assert any(0 < log["completions/filtered_ratio"] < 1 for log in logs)
+
+
 def test_processes_sample_for_themselves(two):
-    logs = two[0][3]["logs"]
+    logs = two[0][-1]["logs"]
     assert logs[0]["episode"] == 16
     assert all(log["val/first_approxkl"] < 1e-6 for log in logs)

@@ -64,6 +64,7 @@ def plain(model, batch, args, penalty_coef):
     else:
         policy = ppo_loss(
             logps, grid["old_logps"], grid["advantages"], mask, ref_logps=grid["ref_logps"], entropy=entropy,
+            loss_type=args.loss_type, importance_sampling_level=args.importance_sampling_level,
             epsilon_low=args.cliprange, epsilon_high=args.epsilon_high, dual_clip=args.dual_clip,
             kl_coef=args.kl_loss_coef, kl_estimator=args.kl_loss_estimator, entropy_coef=args.entropy_coef, **common,
         )  # fmt: skip
@@ -103,6 +104,9 @@ VARIANTS = {
     "sequence mean": {"loss_aggregation": "sequence_mean", "entropy_coef": 0.1},
     "sequence sum": {"loss_aggregation": "sequence_sum", "kl_loss_coef": 0.3},
     "constant": {"loss_aggregation": "constant"},
+    "ratios of sequences": {"importance_sampling_level": "sequence", "loss_aggregation": "sequence_mean"},
+    "GSPO-token": {"importance_sampling_level": "sequence_token", "loss_aggregation": "sequence_mean"},
+    "cispo": {"loss_type": "cispo", "advantage_estimator": "gae", "cliprange_high": 0.1},
     "penalty": {"policy_loss": "penalty"},
     "penalty, sequence mean": {"policy_loss": "penalty", "loss_aggregation": "sequence_mean", "temperature": 1.3},
     "no value clip": {"cliprange_value": None},

@@ -7,8 +7,8 @@ from fastalign.cli.training import TrainingCommand
 COMMAND = TrainingCommand(
     name="ppo",
     summary=(
-        "Train a policy by PPO, RLOO, GRPO, Dr. GRPO, DAPO, GSPO or CISPO on completions it samples for prompts, scored "
-        "by reward models or Python functions."
+        "Train a policy by PPO, RLOO, GRPO, Dr. GRPO, DAPO, GSPO or CISPO on completions it samples for prompts, "
+        "scored by reward models or Python functions."
     ),
     config=("fastalign.trainers.ppo_config", "PPOConfig"),
     trainer="PPOTrainer",

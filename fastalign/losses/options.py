@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from fastalign.losses.catalogue import DPO_LOSSES, DPOLoss
 from fastalign.losses.terms import F_DIVERGENCES, DPOOptions
 
@@ -59,6 +61,17 @@ def check_reference(options: DPOOptions, variants: Sequence[DPOLoss], has_refere
         raise ValueError(
             f"loss_type={options.loss_type!r} has no reference: its log-probs would be ignored; leave them out"
         )
+
+
+def check_shift(options: DPOOptions, variants: Sequence[DPOLoss], shift: float | Tensor) -> None:
+    """A shift other than the number 0 is used by a variant, and is a constant."""
+    if not isinstance(shift, Tensor) and not shift:
+        return
+    if not any(variant.accepts_shift for variant in variants):
+        able = ", ".join(repr(name) for name, entry in DPO_LOSSES.items() if entry.accepts_shift)
+        raise ValueError(f"loss_type={options.loss_type!r} does not take shift: {able} do")
+    if isinstance(shift, Tensor) and (shift.dim() or shift.requires_grad):
+        raise ValueError(f"shift: shape {tuple(shift.shape)}, accepted is a number or a 0-dim tensor without gradient")
 
 
 def _named(options: DPOOptions) -> tuple[DPOLoss, ...]:

@@ -45,7 +45,7 @@ def _checked(logps: Sequence[Tensor | None]) -> tuple[list[Tensor], torch.dtype]
         raise ValueError(f"chosen_logps: shape {tuple(first.shape)}, accepted is (P,), one sum per response")
     dtype = torch.float32
     for name, values in given.items():
-        _check_like(name, values, first)
+        check_like(name, values, first)
         if not values.is_floating_point():
             raise ValueError(f"{name}: dtype {values.dtype}, accepted are floating-point log-probs")
         dtype = torch.promote_types(dtype, values.dtype)
@@ -57,7 +57,7 @@ def _checked_lengths(
 ) -> tuple[Tensor | None, Tensor | None]:
     for name, given in zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True):
         if given is not None:
-            _check_like(name, given, like)
+            check_like(name, given, like)
     if (lengths[0] is None) != (lengths[1] is None):
         missing = "chosen_lengths" if lengths[0] is None else "rejected_lengths"
         raise ValueError(f"{missing} is missing: the two lengths go together")
@@ -79,11 +79,12 @@ def _checked_tails(options: DPOOptions, tail_logps: Sequence[Tensor] | None, sum
             f"tail_logps holds {len(tail_logps)} tensors, accepted are {len(sums)}, as there are log-probs"
         )
     for name, tail in zip(_NAMES, tail_logps, strict=False):
-        _check_like(f"tail_logps of {name}", tail, sums[0])
+        check_like(f"tail_logps of {name}", tail, sums[0])
     return [tail.to(sums[0].dtype) for tail in tail_logps]
 
 
-def _check_like(name: str, values: Tensor, like: Tensor) -> None:
+def check_like(name: str, values: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless `values` has the shape and the device of `like`, which are those of chosen_logps."""
     if values.shape != like.shape or values.device != like.device:
         raise ValueError(
             f"{name}: shape {tuple(values.shape)} on {values.device}, "

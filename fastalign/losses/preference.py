@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastalign.losses.catalogue import DPO_LOSSES, DPOLoss
 from fastalign.losses.metrics import correlation_metrics, mean_metric
-from fastalign.losses.options import check_dpo_options, check_reference
-from fastalign.losses.pair_inputs import make_pairs
+from fastalign.losses.options import check_dpo_options, check_reference, check_shift
+from fastalign.losses.pair_inputs import check_like, make_pairs
 from fastalign.losses.reduction import check_reduction, reduce_losses
 from fastalign.losses.terms import DPOOptions, Pairs, log_odds
 from fastalign.types import LossOutput, Metric
@@ -38,6 +38,8 @@ def pair_losses(
         given, (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths),
         tail_logps,
     )  # fmt: skip
+    if weights is not None:
+        check_like("weights", weights, chosen_logps)
     if "sft" in given.loss_types and sft_scale is None:
         n_chosen = pairs.lengths()[0]
         sft_scale = len(n_chosen) / n_chosen.sum().clamp(min=1)
@@ -65,9 +67,7 @@ def _check_pairs(
             raise ValueError("weights requires grad, but no gradient flows there: detach it")
         if any(variant.couples_batch for variant in variants):
             raise ValueError(f"{name} does not take weights: its losses are of ranks, not of pairs")
-    if (isinstance(shift, Tensor) or shift) and not any(variant.accepts_shift for variant in variants):
-        able = ", ".join(repr(key) for key, entry in DPO_LOSSES.items() if entry.accepts_shift)
-        raise ValueError(f"{name} does not take shift: {able} do")
+    check_shift(options, variants, shift)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.catalogue import DPO_LOSSES, DPOLoss
-from fastalign.losses.options import check_dpo_options
+from fastalign.losses.options import check_dpo_options, check_shift
 from fastalign.losses.reduction import check_reduction, reduce_losses
 from fastalign.losses.terms import DPOOptions, Responses
 from fastalign.types import LossOutput, Metric
@@ -109,8 +109,7 @@ def _check_call(variant: DPOLoss, options: DPOOptions, kl: Tensor | None, shift:
         raise ValueError(f"{name} has no reference point: kl would be ignored; leave it out")
     if kl is not None and kl.dim() != 0:
         raise ValueError(f"kl: shape {tuple(kl.shape)}, accepted is a 0-dim tensor")
-    if (isinstance(shift, Tensor) or shift) and not variant.accepts_shift:
-        raise ValueError(f"{name} does not take shift: 'bco' does")
+    check_shift(options, (variant,), shift)
 
 
 def _checked(logps: Tensor, ref_logps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ LISTS: list[dict[str, Any]] = [
 ]
 
 
+QUICK = ("sigmoid", "discopop", "orpo", "aot")  # compiled in every run
+
+
 def grid(rows: str) -> list[dict[str, Any]]:
     """Every variant on such rows, plain and with each option that it honours."""
     found = []
@@ -62,18 +65,24 @@ def label(options: dict[str, Any]) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests that take `options`, `response_options` or `plain_options` run for the grid of pairs, that of single
-    responses, and the variants on pairs without options."""
+    responses, and the variants on pairs without options; `compiled_options`: those too, but most of them are long."""
+    plain = [
+        options
+        for options in grid("pairs")
+        if options in LISTS or options.keys() - ({"label_smoothing"} if options["loss_type"] == "exo_pair" else set())
+        == {"loss_type"}
+    ]  # fmt: skip
     grids = {
-        "options": grid("pairs"),
-        "response_options": grid("responses"),
-        "plain_options": [
-            options for options in grid("pairs") if options.keys() == {"loss_type"} or options in LISTS or (
-            options.keys() == {"loss_type", "label_smoothing"} and options["loss_type"] == "exo_pair")
-        ],
+        "options": grid("pairs"), "response_options": grid("responses"), "plain_options": plain,
+        "compiled_options": plain,
     }  # fmt: skip
     for name, cases in grids.items():
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, [pytest.param(case, id=label(case)) for case in cases])
+            short = name != "compiled_options"
+            marks = [[] if short or case["loss_type"] in QUICK or case in LISTS[:2] else [pytest.mark.long]
+                     for case in cases]  # fmt: skip
+            parameters = [pytest.param(case, id=label(case), marks=m) for case, m in zip(cases, marks, strict=True)]
+            metafunc.parametrize(name, parameters)
 
 
 @dataclass(frozen=True)

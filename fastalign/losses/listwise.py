@@ -80,12 +80,12 @@ LISTWISE_LOSSES: dict[str, ListwiseLoss] = {
     "pro": ListwiseLoss(
         fn=_pro,
         formula="Σ_k t_k",
-        source="PRO, arXiv 2306.17492 eq. 7; without temperatures and ties Plackett and Luce's likelihood",
+        source="PRO, arXiv 2306.17492; without temperatures and ties Plackett and Luce's likelihood",
     ),
     "infonce": ListwiseLoss(
         fn=_infonce,
         formula="t_best",
-        source="InfoNCE, arXiv 1807.03748; PRO's eq. 5, the best response against all others",
+        source="InfoNCE, arXiv 1807.03748: the best response against all others",
     ),
 }
 """`loss_type` -> variant. Config choices, error messages and the test grid are made from this dict."""

@@ -15,7 +15,7 @@ import transformers as tf
 from datasets import Dataset
 from peft import LoraConfig
 
-from fastalign.data import pairs_to_lists
+from fastalign.data import lists_to_pairs, pairs_to_lists
 from fastalign.losses import infonce_loss, pro_loss
 from fastalign.reference import TokenSequence, score
 from fastalign.trainers.reference import ReferenceMismatchError
@@ -86,6 +86,18 @@ def test_pairs_measured_from_a_reference_train_as_dpo_does(kit):
         for mine, theirs in (("loss", "loss"), ("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
             assert a[mine] == pytest.approx(b[theirs], rel=1e-6, abs=1e-9)
         assert a["length/margin_correlation"] == pytest.approx(b["length/margin_correlation"], rel=1e-4)
+
+
+def test_dpo_trains_on_lists_by_their_pairs(kit):
+    """Tokenised lists through `lists_to_pairs`; with two responses each, DPO on them is PRO from the reference."""
+    lists = pairs_to_lists(kit.pairs(8))
+    settings = {"beta": 0.5, "max_steps": 2, "train_sampling_strategy": "sequential"}
+    dpo = kit.trainer(kit.model().double(), lists_to_pairs(lists), **settings)
+    pro = kit.pro(kit.model().double(), lists, reference_free=False, **settings)
+    dpo.train()
+    pro.train()
+    kit.assert_same(kit.weights(pro), kit.weights(dpo), **EXACT)
+    assert len(kit.trainer(kit.model(), lists_to_pairs(kit.lists(4), "all")).train_dataset) > 4
 
 
 def test_it_learns_the_ranking(kit):

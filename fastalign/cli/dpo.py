@@ -6,7 +6,7 @@ from fastalign.cli.training import TrainingCommand
 
 COMMAND = TrainingCommand(
     name="dpo",
-    summary="Train a policy on preference pairs with DPO or a relative, from cached reference log-probs.",
+    summary="Train a policy on preferences with DPO or a relative of it, from cached reference log-probs.",
     config=("fastalign.trainers.dpo_config", "DPOConfig"),
     trainer="DPOTrainer",
     required={

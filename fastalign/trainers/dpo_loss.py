@@ -48,7 +48,7 @@ class RunningShift:
     def finish_step(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Count the step's rewards of all processes, which `reduce` sums."""
         if self._step is not None:
-            self._sums = self._sums.to(self._step.device) + reduce(self._step)
+            self._sums = self._sums.to(self._step) + reduce(self._step)
             self._step = None
 
     def state_dict(self) -> list[float]:
@@ -77,7 +77,7 @@ def fused_loss(
     args: DPOConfig, batch: Batch, around: Surroundings, num_items: int | Tensor | None
 ) -> Callable[[Tensor, Head], LossOutput]:
     """From hidden states and head to the loss of `batch`: its sum divided by num_items (None: by its own number)."""
-    shift = None if around.shift is None else around.shift.value
+    shift = None if around.shift is None else around.shift.value.to(batch["input_ids"].device)
     given: dict[str, Any] = {} if shift is None else {"shift": shift}
     given |= {
         "rows": host_rows(batch), "num_items": num_items, "token_metrics": args.token_metrics, "backend": args.backend,
@@ -124,7 +124,7 @@ class ResponseMeter(Meter):
         values, sums = super().values(reduce)
         empty = {name for name, metric in sums.items() if name.endswith(("/chosen", "/rejected")) and not metric.weight}
         values = {name: value for name, value in values.items() if name not in empty}
-        sides = [values.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-        if None not in sides:
-            values["rewards/margins"] = sides[0] - sides[1]  # type: ignore[operator]
+        good, bad = (values.get(f"rewards/{side}") for side in ("chosen", "rejected"))
+        if good is not None and bad is not None:
+            values["rewards/margins"] = good - bad
         return values, sums

@@ -7,6 +7,7 @@ PROTrainer(..., train_dataset=pairs_to_lists(rows, merge=True))                 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow.compute
 from fastalign.data.formats import checked_row
 from fastalign.data.judgements import ranks_of
 from fastalign.data.length import check_choice
-from fastalign.data.merging import merge_comparisons
+from fastalign.data.merging import Comparison, merge_comparisons
 from fastalign.data.preparation import fingerprint
 from fastalign.data.report import RowError
 
@@ -116,7 +117,12 @@ def _require(row: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def _key(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
+    return _digest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def _digest(content: bytes) -> bytes:
+    """What stands for a text or its ids in a look-up, so that memory holds no second copy of the data."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 # Tokenised ------------------------------------------------------------------------------------------------------------
@@ -142,10 +148,15 @@ def _tokenised_pairs(lists: datasets.Dataset, pairing: Callable[[np.ndarray], np
     return _dataset(columns, table, owners)
 
 
+def _comparison(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Comparison:
+    return _digest(prompt.tobytes()), _digest(chosen.tobytes()), _digest(rejected.tobytes())
+
+
 def _tokenised_lists(pairs: datasets.Dataset, merge: bool) -> datasets.Dataset:
     table = pairs.with_format("arrow")[:]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    keys = (tuple(example[name].tobytes() for name in names) for example in pairs.with_format("numpy", columns=names))
+    examples = pairs.with_format("numpy", columns=names)
+    keys = (_comparison(*(example[name] for name in names)) for example in examples)
     owners, members, ranks, sizes = [], [], [], [0]
     for first, own, ranked in merge_comparisons(keys) if merge else _pairs_of(len(pairs)):
         owners.append(first)

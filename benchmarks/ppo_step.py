@@ -9,6 +9,8 @@ Tasks:
              share of tokens with a gradient; of the others most are sequences whose advantage is 0, as in a group whose
              rewards tie, and the rest is clipped
     live     ours alone, at several shares of tokens with a gradient
+    variants the update without entropy by the token's ratio (ppo), by the sequence's (gspo), and with capped weights
+             (cispo), each over the same loss by plain PyTorch; all tokens have a gradient
     gae      advantages and returns of 512 right-padded sequences of up to 2048 tokens (scans.py)
 
 Every provider's loss and gradients are compared with naive's before it is timed; one that differs is a row that says
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,11 @@ import harness
 import scans
 from shapes import CPU, CUDA, Shape
 
-TASKS = ("update", "live", "gae")
+TASKS = ("update", "live", "variants", "gae")
 NARROW = {"cpu": Shape(1024, 256, 151936), "cuda": Shape(8192, 1024, 151936)}
 SEQUENCES = 8
 LIVE = (1.0, 0.5)
+VARIANTS = ("ppo", "gspo", "cispo")
 SHARES = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.0)
 EPSILON = 0.2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -77,7 +81,7 @@ def log_probs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return everything.gather(-1, targets[..., None])[..., 0], everything
 
 
-def naive(i: Inputs, old_logps: Tensor, advantages: Tensor, entropy: bool) -> Tensor:
+def naive(i: Inputs, old_logps: Tensor, advantages: Tensor, entropy: bool, loss_type: str = "ppo") -> Tensor:
     logps, everything = log_probs(i.hidden @ i.weight.T, i.targets)
     if entropy:
         with torch.no_grad():  # 128 tokens at a time
@@ -85,6 +89,10 @@ def naive(i: Inputs, old_logps: Tensor, advantages: Tensor, entropy: bool) -> Te
             torch.cat([-(part.exp() * part).sum(-1) for part in parts]).mean()
     ratio = torch.exp(logps - old_logps)
     advantages = advantages[:, None]
+    if loss_type == "cispo":
+        return -(ratio.clamp(max=1 + EPSILON).detach() * advantages * logps).mean()
+    if loss_type == "gspo":
+        ratio = torch.exp((logps - old_logps).mean(1, keepdim=True))
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * advantages).mean()
 
 
@@ -109,7 +117,9 @@ def liger(i: Inputs, old_logps: Tensor, advantages: Tensor) -> Tensor:
     return loss(i.hidden, i.weight, i.targets, mask, advantages, old_per_token_logps=old_logps)[0]
 
 
-def ours(i: Inputs, old_logps: Tensor, advantages: Tensor, schedule: str, entropy: bool) -> Tensor:
+def ours(
+    i: Inputs, old_logps: Tensor, advantages: Tensor, schedule: str, entropy: bool, loss_type: str = "ppo"
+) -> Tensor:
     """advantages (sequences,) or (sequences, tokens)."""
     from fastalign import linear_ppo_loss
 
@@ -117,7 +127,8 @@ def ours(i: Inputs, old_logps: Tensor, advantages: Tensor, schedule: str, entrop
         advantages = advantages[:, None].expand_as(i.targets)
     return linear_ppo_loss(
         i.hidden, i.weight, i.targets, old_logps=old_logps, advantages=advantages, schedule=schedule,
-        token_metrics=entropy,
+        token_metrics=entropy, loss_type=loss_type, epsilon_high=EPSILON,
+        epsilon_low=1.0 if loss_type == "cispo" else EPSILON,
     ).loss  # fmt: skip
 
 
@@ -235,6 +246,35 @@ def live_shares(shape: Shape, device: str, dtype: torch.dtype, timing: dict[str,
     ]  # fmt: skip
 
 
+def variants(shape: Shape, device: str, dtype: torch.dtype, timing: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours by streaming and naive, whose first results are compared."""
+    inputs = Inputs(shape, device, dtype)
+    sampled = inputs.sampled(1.0)
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+
+    def call(loss_fn: Callable[..., Tensor], *how: Any) -> Tensor:
+        inputs.clear()
+        loss = loss_fn(inputs, *sampled, *how)
+        loss.backward()
+        return loss.detach()
+
+    for loss_type in VARIANTS:
+        calls["naive", loss_type] = partial(call, naive, False, loss_type)
+        calls["fastalign streamed", loss_type] = partial(call, ours, "streamed", False, loss_type)
+        expected = [calls["naive", loss_type](), inputs.hidden.grad, inputs.weight.grad]
+        found = difference(inputs, calls["fastalign streamed", loss_type](), expected)
+        assert found < TOLERANCE[dtype], f"{loss_type} differs from naive by {found:.1e}"
+    times = harness.interleaved(calls, device=device, **timing)
+    common = {"task": "variants", "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return [
+        common | {
+            "provider": f"{provider}, {loss_type}", "seconds": harness.median(seconds), "fastest": min(seconds),
+            "over_naive": harness.median(seconds) / harness.median(times["naive", loss_type]),
+        }
+        for (provider, loss_type), seconds in times.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -262,6 +302,8 @@ def main() -> None:
             runs.append(lambda given=given: update(*given, not arguments.no_memory))
         if "live" in arguments.tasks:
             runs.append(lambda given=given: live_shares(*given))
+        if "variants" in arguments.tasks:
+            runs.append(lambda given=given: variants(*given))
     for run in runs:
         others = harness.cores_of_others()
         rows = run()

@@ -11,11 +11,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from fastalign.losses import DPOOptions
 from fastalign.ops import linear_logps
 from fastalign.trainers import DPOConfig, DPOTrainer
 
 torch.set_num_threads(1)
-SUPPORTED = ("sigmoid", "sigmoid_b05", "hinge", "ipo", "robust", "sigmoid_norm")
+CASES = (  # each reaches the loss by a way of its own
+    "sigmoid", "ipo", "exo_pair", "robust", "sigmoid_norm", "sft", "aot", "ld", "wpo", "alpha_div", "mpo"
+)  # fmt: skip
+MORE = (  # functions of the same numbers, whose values and gradients are tested with the losses
+    "sigmoid_b05", "hinge", "nca_pair", "bco_pair", "sppo_hard", "aot_unpaired", "apo_zero", "apo_down", "discopop",
+    "fkl", "js",
+)  # fmt: skip
 CURVE = Path(__file__).parent / "golden" / "trl_dpo_curve.json"
 
 
@@ -87,22 +94,34 @@ def test_policy_log_probs(golden, golden_trainer, batch):
     np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("case", SUPPORTED)
-def test_losses_metrics_and_gradients(golden, golden_trainer, batch, case, monkeypatch):
-    expected = golden["cases"][case]
-    defaults = {"beta": 0.1, "label_smoothing": 0.0}
-    for name, value in (defaults | expected["args"]).items():
-        monkeypatch.setattr(golden_trainer.args, name, value)
-    model = golden_trainer.model
-    model.zero_grad()
-    golden_trainer._train_meter.clear()
-    loss = golden_trainer.training_step(model, batch, num_items_in_batch=8)
-    assert float(loss) == pytest.approx(expected["loss"], rel=1e-5)
+def test_all_of_trls_cases_are_compared(golden):
+    assert {*CASES, *MORE} == golden["cases"].keys()
 
-    values, _ = golden_trainer._train_meter.values()
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)])
+def test_losses_metrics_and_gradients(golden, golden_trainer, batch, case, monkeypatch):
+    expected, trainer = golden["cases"][case], golden_trainer
+    for name, value in (DPOOptions()._asdict() | expected["args"]).items():
+        monkeypatch.setattr(trainer.args, name, value)
+    if trainer.args.couples_batch:
+        monkeypatch.setattr(trainer, "micro_batch_tokens", 0)
+    if not trainer.args.needs_reference:
+        batch = {name: value for name, value in batch.items() if not name.startswith("ref_")}
+    model = trainer.model
+    model.zero_grad()
+    trainer._train_meter.clear()
+    num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    loss = trainer.training_step(model, batch, num_items)
+    rel = 5e-5 if case == "fkl" else 1e-5  # it takes the exponential of log-ratios, which are sums in float32
+    assert float(loss) == pytest.approx(expected["loss"], rel=rel)
+
+    values, _ = trainer._train_meter.values()
     for name, value in expected["metrics"].items():
-        if name != "num_tokens":  # TRL's counter, 0 because its step was not counted
-            assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+        if name == "num_tokens":  # TRL's counter, 0 because its step was not counted
+            continue
+        if name.startswith("rewards/") and not trainer.args.needs_reference:  # TRL takes them from one all the same
+            continue
+        assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
     # norms in float64: over two million entries torch's float32 norm is off by 1e-4
     norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm()

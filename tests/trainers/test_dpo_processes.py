@@ -14,6 +14,12 @@ RUNS = {
     "bco": {"loss_type": "bco"},
     "sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     "tr-dpo": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "live, adapter": {
+        "loss_type": "kto",
+        "precompute_ref_log_probs": False,
+        "use_peft": True,
+        "lora_target_modules": ["q_proj"],
+    },
 }
 TIMES = {"tokens_per_second", "epoch"}
 
@@ -60,7 +66,9 @@ def two(tmp_path_factory):
 def test_two_processes_give_what_one_gives(kit, two, index):
     one = train(kit, **(list(RUNS.values())[index] | {"per_device_train_batch_size": 8}))
     got, other = two[0][index], two[1][index]
-    kit.assert_same(got["weights"], one["weights"], rtol=1e-9, atol=1e-11)
+    exact = {"rtol": 1e-9, "atol": 1e-11}
+    float32 = {"rtol": 1e-5, "atol": 1e-7}  # adapters are in float32
+    kit.assert_same(got["weights"], one["weights"], **(float32 if "adapter" in list(RUNS)[index] else exact))
     kit.assert_same(got["weights"], other["weights"], rtol=0, atol=0)
     assert len(got["logs"]) == len(one["logs"]) == 3
     for a, b in zip(got["logs"], one["logs"], strict=True):

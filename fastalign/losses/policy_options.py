@@ -73,7 +73,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     ),
     "grpo": PolicyLoss(
         formula=_CLIP + ", averaged over each sequence, then over sequences",
-        source="GRPO, arXiv 2402.03300 eq. 3, its KL in the loss",
+        source="GRPO, arXiv 2402.03300, its KL in the loss",
         aggregation="sequence_mean",
         kl_loss_coef=0.04,
     ),
@@ -85,12 +85,12 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     ),
     "dapo": PolicyLoss(
         formula=_CLIP + " with ε_high > ε_low, averaged over tokens",
-        source="DAPO, arXiv 2503.14476 eq. 8: clip-higher and token-level mean",
+        source="DAPO, arXiv 2503.14476: clip-higher and token-level mean",
         epsilon_high=0.28,
     ),
     "gspo": PolicyLoss(
         formula="−min(sA, clip(s, 1 − ε_low, 1 + ε_high)·A), s = exp(1/|y| Σ_t (logps − old_logps))",
-        source="GSPO, arXiv 2507.18071 eq. 5; importance_sampling_level='sequence_token' is GSPO-token, eq. 13",
+        source="GSPO, arXiv 2507.18071; importance_sampling_level='sequence_token' is its GSPO-token",
         importance_sampling_level="sequence",
         aggregation="sequence_mean",
         epsilon_low=3e-4,
@@ -98,7 +98,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     ),
     "cispo": PolicyLoss(
         formula="−sg(clip(ρ, 1 − ε_low, 1 + ε_high))·A·logps, averaged over tokens; ε_low = 1: no lower side",
-        source="CISPO, arXiv 2506.13585 eq. 4, without a lower bound; the cap 1 + ε_high = 5 of arXiv 2510.13786",
+        source="CISPO, MiniMax-M1, arXiv 2506.13585, without a lower bound; the cap 1 + ε_high = 5 of arXiv 2510.13786",
         objective="cispo",
         epsilon_low=1.0,
         epsilon_high=4.0,

@@ -177,7 +177,10 @@ class PPOTrainer(PassesTrainer):
         self._train_meter.update({"val/num_eos_tokens": Metric(cut.weight - cut.total, 1 / processes)})  # of a phase
         self._timed = (self._timed[0] + episodes, self._timed[1] + time.perf_counter() - start)
         if self.is_world_process_zero():
-            found = phase_warnings(values, target_kl=self.args.target_kl, narrow=self._narrow, completions=episodes)
+            found = phase_warnings(
+                values, target_kl=self.args.target_kl, narrow=self._narrow, completions=episodes,
+                corrected=self.args.sampler_correction is not None,
+            )  # fmt: skip
             self._warn(found, self.state.global_step + 1)
         return output.loss
 

@@ -15,12 +15,12 @@ _LARGE_KL = 50.0  # nats per completion, without a target
 
 
 def phase_warnings(
-    values: Mapping[str, float], *, target_kl: float | None, narrow: bool, completions: int
+    values: Mapping[str, float], *, target_kl: float | None, narrow: bool, completions: int, corrected: bool = False
 ) -> dict[str, str]:
     """What is wrong in the metrics of a phase, by kind; empty where nothing is.
 
     target_kl: nats per completion that a controller aims at, or None. narrow: computed in 16 bits. completions: of the
-    phase, over all processes.
+    phase, over all processes. corrected: the sampler's difference from the trainer is, by importance weights.
     """
     found = {}
     kl, kl_k3 = values.get("objective/kl"), values.get("objective/kl_k3")
@@ -48,6 +48,13 @@ def phase_warnings(
         found["ratio"] = (
             f"the ratio is {off:.2g} off 1 (root mean square over tokens) at the first mini-batch of a phase, before "
             "any update: the policy that is trained is not the one that was scored (dropout, other precision)"
+        )
+    gap = values.get("sampling/sampling_logp_difference/mean")
+    if gap is not None and not corrected and not gap <= _RATIO_TOLERANCE[narrow]:
+        found["sampler"] = (
+            f"the sampler's log-probs are {gap:.2g} nats a token off the trainer's: it samples from another "
+            "distribution than the one that is trained (other kernels, precision or weights, top_k, top_p); "
+            "sampler_correction weighs tokens for that"
         )
     if values.get("completions/clipped_ratio") == 1.0 and completions > 1:
         found["cut"] = (

@@ -174,6 +174,26 @@ def test_clipped_sequences_stay_out_of_the_gradient_gemms(schedule, monkeypatch)
     )
 
 
+def test_sequences_are_scored_once(monkeypatch):
+    """Three GEMMs: whole sequences fit the workspace, so that no logits are computed a second time."""
+    hidden, weight, bias, targets, given = make(seed=5, B=8, T=20, H=32)
+    rows: list[int] = []
+    forward = Tiles.forward
+
+    def counting(self, block, *others):
+        rows.append(block.n)
+        return forward(self, block, *others)
+
+    monkeypatch.setattr(Tiles, "forward", counting)
+    given = {name: given[name] for name in ("old_logps", "advantages")}
+    ours = linear_ppo_loss(
+        hidden, weight, targets, **given, bias=bias, loss_type="gspo", schedule="streamed", workspace_mb=0.05, **WIDE
+    )
+    assert ours.loss.requires_grad
+    assert len(rows) > 1  # several chunks
+    assert sum(rows) == int((targets != -100).sum())
+
+
 def test_as_many_packed_sequences_as_tokens():
     """Of lengths 2, 0 and 1: per-token inputs must not be taken for one a sequence."""
     hidden, weight, bias, *_ = make()

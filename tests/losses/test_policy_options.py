@@ -63,7 +63,7 @@ def gspo(rows, low, high):
 
 
 def gspo_token(rows, low, high):
-    """Eq. 13 and 14: the value of s, the gradient of the token."""
+    """The value of s, the gradient of the token."""
     losses = []
     for new, o, a in rows:
         ratio = (sum(x - y for x, y in zip(new, o, strict=True)) / len(new)).exp().detach()

@@ -29,6 +29,7 @@ def warned(caplog):
         ({"val/first_approxkl": 2e-4}, {}, r"the ratio is 0.02 off 1 \(root mean square over tokens\)"),
         ({"val/first_approxkl": 0.02}, {"narrow": True}, "the ratio is 0.2 off 1"),
         ({"val/first_approxkl": float("nan")}, {}, "the ratio is nan off 1"),
+        ({"sampling/sampling_logp_difference/mean": 0.05}, {}, "log-probs are 0.05 nats a token off the trainer's"),
         ({"completions/clipped_ratio": 1.0}, {}, "all 8 completions of a phase ran into response_length"),
     ],
     ids=str,
@@ -43,6 +44,8 @@ def test_rounding_and_noise_are_no_warning():
     assert phase_warnings(CALM | {"val/first_approxkl": 1e-3}, **(SETTINGS | {"narrow": True})) == {}
     assert phase_warnings(CALM | {"objective/kl": -0.5, "objective/kl_k3": 0.4}, **SETTINGS) == {}
     assert phase_warnings(CALM | {"objective/kl": 4.0}, **(SETTINGS | {"target_kl": 1.0})) == {}
+    gap = CALM | {"sampling/sampling_logp_difference/mean": 0.05}
+    assert phase_warnings(gap, **(SETTINGS | {"narrow": True})) == phase_warnings(gap, **SETTINGS, corrected=True) == {}
     one = SETTINGS | {"completions": 1}
     assert phase_warnings({"completions/clipped_ratio": 1.0, "objective/kl": -4.0}, **one) == {}
 

@@ -29,6 +29,10 @@ RUNS = {
         "loss_type": "gspo", "num_generations": 2, "max_steps": 2, "filter_groups": True, "overlong_buffer": 3,
         "cliprange": 0.01, "train_rows": 8,
     },
+    "few groups, filter": {  # of which a process may have none to train on
+        "loss_type": "dapo", "num_generations": 2, "max_steps": 6, "filter_groups": True, "response_length": 2,
+        "per_device_train_batch_size": 2,
+    },
 }  # fmt: skip
 SAMPLED = {"fixed": False, "optim": "adamw_torch", "learning_rate": 0.01, "num_mini_batches": 2, "train_rows": 19}
 TIMES = {"eps", "tokens_per_second", "epoch"}
@@ -40,7 +44,7 @@ def rank() -> int:
 
 def train(kit, *, lora=False, fixed=True, train_rows=16, **settings):
     """What a run came to, in this process."""
-    sampler = kit.fixed_answers(6) if fixed else None
+    sampler = kit.fixed_answers(settings.get("response_length", 6)) if fixed else None
     trainer = kit.ppo(
         kit.model(initializer_range=0.1).double(), train=kit.prompts(train_rows), evaluation=kit.prompts(5, seed=3),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None, sampler=sampler,
@@ -82,7 +86,7 @@ def two(tmp_path_factory):
 def test_two_processes_give_what_one_gives(kit, two, index):
     """Weights, every logged metric, controllers, and an evaluation whose last batch is filled up."""
     settings = ALIKE | list(RUNS.values())[index]
-    one = train(kit, **(settings | {"per_device_train_batch_size": 8}))
+    one = train(kit, **(settings | {"per_device_train_batch_size": 2 * settings.get("per_device_train_batch_size", 4)}))
     got = two[0][index]
     kit.assert_same(got["start"], one["start"], rtol=0, atol=0)
     kit.assert_same(got["weights"], one["weights"], rtol=1e-5, atol=1e-7)
@@ -122,6 +126,11 @@ def test_the_policy_waits_for_the_warm_up(two):
 def test_the_filter_left_something_out(two):
     logs = two[0][list(RUNS).index("sequences, filter")]["logs"]
     assert any(0 < log["completions/filtered_ratio"] < 1 for log in logs)
+    # of two groups one, which is all that one of the processes has
+    assert {log["completions/filtered_ratio"] for log in two[0][list(RUNS).index("few groups, filter")]["logs"]} >= {
+        0.5,
+        1,
+    }
 
 
 def test_processes_sample_for_themselves(two):

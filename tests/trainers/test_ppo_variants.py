@@ -101,6 +101,15 @@ class Drifted:
         return (-4.1 + 0.5 * rng.standard_normal(len(completion.ids))).astype(np.float32)
 
 
+def test_a_sampler_that_differs_is_spoken_of(kit, caplog):
+    kit.ppo(sampler=Drifted(kit, 6), max_steps=1).train()
+    assert "the sampler's log-probs are 1.7 nats a token off the trainer's" in caplog.text
+    caplog.clear()
+    kit.ppo(sampler=Drifted(kit, 6), max_steps=1, sampler_correction="token_truncate").train()
+    kit.ppo(max_steps=1).train()  # transformers' sampling is the trainer's
+    assert "the sampler's log-probs" not in caplog.text
+
+
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
 def test_the_samplers_log_probs_reach_the_loss(kit, correction):
     """In order, at their tokens: the first mini-batch's loss is that of plain PyTorch."""

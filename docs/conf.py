@@ -1,4 +1,4 @@
-"""Sphinx: this folder, the README and the docstrings, as one site. `make docs` writes it to build/docs.
+"""Sphinx: this folder, the README and the docstrings, as one site. `.ci/docs` writes it to build/docs.
 
 The build needs no network, writes nowhere but into its output, and takes every warning for an error.
 """

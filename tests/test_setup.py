@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,3 +78,27 @@ def test_every_pinned_package_is_in_the_supported_range():
         assert requirement.name.lower() in pins, f"{requirement.name} is not pinned in constraints.txt"
         pinned = [spec.version for spec in pins[requirement.name.lower()].specifier]
         assert all(requirement.specifier.contains(version) for version in pinned), f"{requirement} against {pinned}"
+
+
+def test_the_changelog_is_in_order():
+    """[Unreleased] comes first, then dated versions, newest first; the project's is none that came before."""
+    from packaging.version import Version
+
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}", heading) for heading in headings[1:]]
+    assert None not in released, headings
+    versions = [Version(found[1]) for found in released if found]
+    assert versions == sorted(versions, reverse=True)
+    current = Version(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+    assert all(current >= version for version in versions)
+
+
+def test_the_citation_is_one():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["license"] == project["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fastalign.losses import DPO_LOSSES, dpo_loss, pair_losses
 
+torch.set_num_threads(1)
 BETA = 0.3
 
 

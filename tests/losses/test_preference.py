@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from fastalign.losses import DPO_LOSSES, F_DIVERGENCES, dpo_loss, dpo_metrics, merge_metrics, pair_losses, summarize
 
+torch.set_num_threads(1)
 BETA = 0.3
 LOG2 = math.log(2)
 AT_THE_REFERENCE = {  # β = 0.1, ε = 0.01 in exo_pair

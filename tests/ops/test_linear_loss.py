@@ -167,6 +167,43 @@ def test_given_rows_equal_found_rows():
     assert torch.equal(found, given_rows)
 
 
+@pytest.mark.parametrize("schedule", ["streamed", "deferred"])
+@pytest.mark.parametrize("workspace_kb", [10, 4000])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_log_sum_sq_probs_comes_with_the_pass(backend, schedule, workspace_kb, softcap):
+    """For the loss, detached, in whatever pieces; and for the metrics, in the order of the rows."""
+    hidden, weight, bias, targets, scale = build(4, 13, 40, 300, dtype=torch.float32)
+    seen = []
+
+    def loss_fn(scored, cu, scale):
+        assert not scored.log_sum_sq_probs.requires_grad
+        aligned = sequence_logps(scored.logps.detach() - scored.log_sum_sq_probs, cu_seqlens=cu, reduction="mean")
+        return group_loss(scored, cu, scale) * aligned.exp().chunk(2)[0]
+
+    def metrics_fn(scored, cu, scale):
+        seen.append(scored.log_sum_sq_probs)
+        return {}
+
+    given = {"groups": [*range(4)] * 2, "inputs": {"scale": scale}, "bias": bias, "softcap": softcap}
+    out = linear_loss(
+        loss_fn, hidden, weight, targets, **given, metrics_fn=metrics_fn, log_sum_sq_probs=True, backend=backend,
+        schedule=schedule, workspace_mb=workspace_kb / 1024,
+    )  # fmt: skip
+    z = hidden.double() @ weight.double().T + bias.double()
+    p = (z if softcap is None else softcap * torch.tanh(z / softcap)).softmax(-1)
+    mask = targets != -100
+    exact = p.square().sum(-1).log()
+    torch.testing.assert_close(seen[0].double(), exact[mask].detach(), rtol=1e-5, atol=1e-5)
+    logps = p.gather(-1, targets.clamp(min=0)[..., None])[..., 0].log()
+    factor = (torch.where(mask, logps - exact, 0).sum(1) / mask.sum(1).clamp(min=1)).exp().chunk(2)[0].detach()
+    plain = linear_loss(group_loss, hidden, weight, targets, **given, reduce=False, backend="torch").loss
+    expected = (plain * factor).sum()
+    torch.testing.assert_close(out.loss.double(), expected.double(), rtol=1e-4, atol=1e-4)
+    leaves = [hidden, weight, bias]
+    for mine, true in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert (mine - true).norm() <= 1e-4 * true.norm()
+
+
 BAD = {
     "requires grad": {"inputs": {"scale": torch.zeros(4, requires_grad=True)}},
     "must be per token": {"inputs": {"scale": torch.zeros(3)}},

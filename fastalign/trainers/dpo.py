@@ -22,6 +22,7 @@ from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, num_examples, split_batch
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
+from fastalign.trainers.dpo_reference import named
 from fastalign.trainers.dpo_setup import COLUMNS, examples_of, reference_of
 from fastalign.trainers.live_reference import LiveReference
 from fastalign.trainers.loading import (
@@ -189,11 +190,10 @@ class DPOTrainer(FusedTrainer):
         return super().run_state() | {"reference": self._reference.identity} | shift
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
-        own = self._reference.identity
-        if state["reference"] != own:
-            theirs, ours = (f"{name[:12]}…" if name else "that there is not" for name in (state["reference"], own))
+        theirs, own = state["reference"], self._reference.identity
+        if theirs != own:
             raise ValueError(
-                f"the checkpoint was trained against reference {theirs}, this trainer has {ours}: construct it with "
+                f"the checkpoint was trained against {named(theirs)}, this trainer has {named(own)}: construct it with "
                 "the same policy, ref_model and loss_type as the first run (resume_from_checkpoint loads the trained "
                 "weights), or leave out resume_from_checkpoint"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,14 +63,15 @@ class RunningShift:
 class Surroundings:
     """What the loss of a piece depends on, beyond the piece: of the optimizer step, or of the data set evaluated.
 
-    chosen_tokens   all tokens of chosen responses; pairs: all pairs. None: those of the piece
+    chosen_tokens   0-dim, all tokens of chosen responses; None: those of the piece
+    pairs           that have them, in an evaluation
     kl              0-dim, the estimate of the policy's KL to the reference
     """
 
     chosen_tokens: Tensor | None = None
     pairs: int = 1
     kl: Tensor | None = None
-    shift: RunningShift | None = field(default=None)
+    shift: RunningShift | None = None
 
 
 def fused_loss(

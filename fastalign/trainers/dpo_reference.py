@@ -31,8 +31,18 @@ from fastalign.trainers.reference import (
 logger = logging.getLogger(__name__)
 
 
+FOLLOWS_POLICY = "follows its policy"  # the identity of a reference that is no longer what it was
+
+
+def named(identity: str | None) -> str:
+    """What a checkpoint was trained against, in words."""
+    if identity is None:
+        return "no reference"
+    return "a reference that follows its policy" if identity == FOLLOWS_POLICY else f"reference {identity[:12]}…"
+
+
 class NoReference:
-    """Of losses of the policy alone."""
+    """Of losses of the policy alone. identity: what a checkpoint notes, None or a digest or `FOLLOWS_POLICY`."""
 
     cache: ReferenceCache | None = None
     identity: str | None = None

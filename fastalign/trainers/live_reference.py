@@ -18,13 +18,12 @@ from fastalign.reference import ReferenceModel
 from fastalign.reference.scoring import adapter_state
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.dpo_reference import NoReference
+from fastalign.trainers.dpo_reference import FOLLOWS_POLICY, NoReference
 from fastalign.trainers.loading import autocast_dtype, is_movable, separate_reference
 from fastalign.trainers.log_probs import at_rows, batch_logps
 from fastalign.trainers.reference import Layout, reference_adapter
 
 WEIGHTS_FILE = "reference.safetensors"
-_SYNCHRONISED = "that follows its policy"
 
 
 class LiveReference(NoReference):
@@ -74,7 +73,7 @@ class LiveReference(NoReference):
             fuse_head(self._model)
         if self.args.sync_ref_model:
             self._pairs(policy)
-            self.identity = _SYNCHRONISED
+            self.identity = FOLLOWS_POLICY
             self.starts_at_policy = self._given is None
         else:
             self.identity = (self._given or own).digest()

@@ -65,8 +65,8 @@ def _counting(collate, counts):
 def test_checkpoints_of_other_runs_are_refused(kit):
     make(kit, loss_type="sigmoid", max_steps=3).train()
     checkpoint = kit.folder / "out" / "checkpoint-3"
-    for settings in ({"loss_type": "simpo"}, {"sync_ref_model": True}):
-        with pytest.raises(ValueError, match="trained against reference"):
+    for settings, own in (({"loss_type": "simpo"}, "no reference"), ({"sync_ref_model": True}, "that follows")):
+        with pytest.raises(ValueError, match=rf"trained against reference .*…, this trainer has .*{own}"):
             make(kit, **settings).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="bco_running_shift"):
         make(kit, **RUNS["bco_pair"]).train(resume_from_checkpoint=str(checkpoint))

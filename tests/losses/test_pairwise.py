@@ -116,7 +116,7 @@ def oracle(call):
 
 
 def test_value_and_gradient_are_the_formulas(make_call, options):
-    call = make_call(options, pairs=8).requires_grad()
+    call = make_call(options, pairs=8, scale=1.0).requires_grad()  # where the plain words do not overflow
     mine, expected = call(beta=BETA, reduction="none").loss, oracle(call)
     assert mine.dtype == torch.float64
     assert_close(mine, expected, rtol=1e-12, atol=1e-12)

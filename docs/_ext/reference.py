@@ -138,8 +138,11 @@ def results() -> str:
     return re.sub(r"^###", "##", block, flags=re.MULTILINE)
 
 
-def exists(path: str) -> bool:
-    return (ROOT / "docs" / path).exists()
+def unlisted() -> str:
+    """The pages that the index does not name: tables that are generated."""
+    index = (ROOT / "docs/index.md").read_text()
+    pages = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+    return "\n".join(page for page in pages if page != "index" and not re.search(rf"^{page}$", index, re.MULTILINE))
 
 
 # ---- parts
@@ -235,7 +238,7 @@ def _value(value: Any) -> list[str]:
 # ---- Sphinx
 
 
-FUNCTIONS = (api, others, trainers, shared_config, command_help, commands, document, results, exists)
+FUNCTIONS = (api, others, trainers, shared_config, command_help, commands, document, results, unlisted)
 
 
 def setup(app: Any) -> dict[str, Any]:

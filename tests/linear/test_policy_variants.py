@@ -174,6 +174,38 @@ def test_clipped_sequences_stay_out_of_the_gradient_gemms(schedule, monkeypatch)
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss_type", ["gspo", "cispo"])
+def test_error_is_at_most_twice_naives(loss_type, dtype):
+    """Gradients, against float64 on the same rounded inputs, beside plain PyTorch in the same dtype."""
+    hidden, weight, _, targets, given = make(seed=6, B=6, T=12, H=48)
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+    wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    logps = linear_logps_reference(*wide, targets).logps.detach()
+    old = logps + 0.1 * torch.where(targets == -100, 0.0, given["advantages"]).cos()
+    given = {"old_logps": old.float(), "advantages": given["advantages"].float()}
+    options = {"loss_type": loss_type, **WIDE}
+    mask = targets != -100
+
+    def gradients(tensors, loss):
+        return [gradient.double() for gradient in torch.autograd.grad(loss, tensors)]
+
+    def plain(tensors):
+        table = (tensors[0] @ tensors[1].T).to(torch.promote_types(tensors[0].dtype, torch.float32)).log_softmax(-1)
+        found = table.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return ppo_loss(found, mask=mask, **given, **options).loss
+
+    exact = gradients(wide, plain(wide))
+    naive = gradients(leaves, plain(leaves))
+    ours = gradients(
+        leaves, linear_ppo_loss(leaves[0], leaves[1], targets, **given, schedule="streamed", **options).loss
+    )
+    for got, other, true in zip(ours, naive, exact, strict=True):
+        assert true.norm() > 0
+        floor = 4 * torch.finfo(dtype).eps * true.abs().max()
+        assert (got - true).abs().max() <= 2 * (other - true).abs().max() + floor
+
+
 def test_sequences_are_scored_once(monkeypatch):
     """Three GEMMs: whole sequences fit the workspace, so that no logits are computed a second time."""
     hidden, weight, bias, targets, given = make(seed=5, B=8, T=20, H=32)

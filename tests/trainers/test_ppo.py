@@ -273,13 +273,17 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("policy_loss", ["clip", "penalty"])
-def test_no_logits_of_a_rollout_ever_exist(kit, policy_loss):
+@pytest.mark.parametrize(
+    "settings",
+    [{"policy_loss": "clip"}, {"policy_loss": "penalty"}, {"loss_type": "gspo", "num_generations": 4}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_no_logits_of_a_rollout_ever_exist(kit, settings):
     vocabulary, length, completions = 4096, 24, 16
     model = kit.model(vocab_size=vocabulary, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
     trainer = kit.ppo(
-        model, per_device_train_batch_size=8, response_length=length, max_steps=1, policy_loss=policy_loss,
-        workspace_mb=0.5, micro_batch_tokens=0, backend="torch", num_ppo_epochs=1,
+        model, per_device_train_batch_size=8, response_length=length, max_steps=1, workspace_mb=0.5,
+        micro_batch_tokens=0, backend="torch", num_ppo_epochs=1, **settings,
     )  # fmt: skip
     with Largest() as largest:
         trainer.train()

@@ -147,7 +147,8 @@ def dpo_loss(
             "sigmoid_norm", the losses without a reference and a `length_alpha`; where given, they add the length
             metrics.
         beta: strength of the tie to the reference, > 0. In "ipo" it is the paper's τ, in "orpo" its λ.
-        loss_type: a name of `DPO_LOSSES`, or a list of names whose losses are added up.
+        loss_type: a name of `DPO_LOSSES`, or a list of names whose losses are added up. "aot" and "aot_unpaired" sort
+            the pairs at hand: of micro-batches they are not the loss of the whole batch.
         loss_weights: a factor ≥ 0 per name of `loss_type`; None: 1.
         label_smoothing: ε in [0, 0.5), the share of preferences taken to be flipped; in "sigmoid" the conservative
             loss (cDPO), in "robust" the unbiased one. "exo_pair" needs it above 0.

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from fastalign.linear import linear_dpo_loss
+from fastalign.linear import linear_dpo_loss, preference
 from fastalign.losses import DPO_LOSSES, dpo_loss, wpo_weights
 from fastalign.ops import linear_logps, linear_logps_reference
+from fastalign.types import LinearLogps, LossOutput
 
 torch.set_num_threads(1)
 PAIRS = [name for name, variant in DPO_LOSSES.items() if variant.rows == "pairs"]
@@ -93,7 +94,7 @@ def same_gradients(mine, true, leaves):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("workspace_mb", [0.03, None], ids=["small", "default"])
+@pytest.mark.parametrize("workspace_mb", [0.01, 0.1, None], ids=["tiny", "small", "default"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("options", [*cases()])
 def test_linear_dpo_loss_is_dpo_loss_of_sequence_logps(options, packed, workspace_mb):
@@ -211,6 +212,33 @@ def test_token_metrics():
     torch.testing.assert_close(metrics["entropy"].value, exact.entropy[mask].mean().detach())
     torch.testing.assert_close(metrics["mean_token_accuracy"].value, exact.is_top1[:5][mask[:5]].float().mean())
     torch.testing.assert_close(metrics["logits/rejected"].value, exact.mean_logits[5:][mask[5:]].mean().detach())
+
+
+@pytest.mark.parametrize("options", [*cases()])
+def test_the_loss_of_a_chunk_never_reads_a_value_on_the_host(options, monkeypatch):
+    """On the meta device a host sync is an error; boundaries and groups are on the host."""
+    problem = build()
+    given, named = arguments(problem, options)
+    taken = {}
+
+    def catch(loss_fn, *args, metrics_fn, inputs, **kwargs):
+        taken.update(loss_fn=loss_fn, metrics_fn=metrics_fn, inputs=inputs)
+        return LossOutput(torch.zeros(5), {})
+
+    monkeypatch.setattr(preference, "linear_loss", catch)
+    linear_dpo_loss(*given, **named, **options, token_metrics=True)
+    mask = problem[3] != -100
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).int()
+    n = int(cu[-1])
+    values = torch.zeros(n, device="meta")
+    scored = LinearLogps(values, values, values, values.bool(), values, values)
+    inputs = {
+        name: (t[mask] if t.shape == mask.shape else t).to("meta", torch.float32) for name, t in taken["inputs"].items()
+    }
+    losses = taken["loss_fn"](scored, cu, **inputs)
+    assert losses.device.type == "meta"
+    assert losses.shape == (5,)
+    assert all(metric.total.device.type == "meta" for metric in taken["metrics_fn"](scored, cu, **inputs).values())
 
 
 PACKED = {"hidden": torch.randn(4, 4), "targets": torch.zeros(4, dtype=torch.int64),

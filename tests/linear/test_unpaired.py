@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from fastalign.linear import linear_kto_loss
+from fastalign.linear import linear_kto_loss, unpaired
 from fastalign.losses import DPO_LOSSES, kto_loss
 from fastalign.ops import linear_logps, linear_logps_reference, sequence_logps
+from fastalign.types import LinearLogps, LossOutput
 
 torch.set_num_threads(1)
 LABELS = torch.tensor([True, False, True, False, False, True, True])
@@ -114,6 +115,28 @@ def test_token_metrics_and_lengths():
         picked = exact.mean_logits[of_side][mask[of_side]]
         torch.testing.assert_close(values[f"logits/{side}"], picked.mean().detach())
         torch.testing.assert_close(values[f"length/{side}"], mask[of_side].sum(1).double().mean())
+
+
+@pytest.mark.parametrize("options", [*cases()])
+def test_the_loss_of_a_chunk_never_reads_a_value_on_the_host(options, monkeypatch):
+    """On the meta device a host sync is an error; boundaries are on the host, the reference point where it was made."""
+    hidden, weight, _, targets, ref = build()
+    taken = {}
+
+    def catch(loss_fn, *args, metrics_fn, **kwargs):
+        taken.update(loss_fn=loss_fn, metrics_fn=metrics_fn)
+        return LossOutput(torch.zeros(()), {})
+
+    monkeypatch.setattr(unpaired, "linear_loss", catch)
+    options = {name: value.to("meta") if torch.is_tensor(value) else value for name, value in options.items()}
+    linear_kto_loss(hidden, weight, targets, ref_logps=ref, labels=LABELS, **options, token_metrics=True)
+    lengths = (targets != -100).sum(1)
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    values = torch.zeros(int(cu[-1]), device="meta")
+    scored = LinearLogps(values, values, values, values.bool(), None, values)
+    inputs = {"ref_logps": ref.to("meta", torch.float32), "labels": LABELS.to("meta")}
+    assert taken["loss_fn"](scored, cu, **inputs).device.type == "meta"
+    assert all(metric.total.device.type == "meta" for metric in taken["metrics_fn"](scored, cu, **inputs).values())
 
 
 @pytest.mark.parametrize(

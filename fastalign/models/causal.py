@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
 from fastalign.models.inference import evaluating
+from fastalign.models.quantised import allow_packing, check_unpacked, prevent_packing, unpacked
 
 __all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "run_head", "unfuse_head"]
 
@@ -30,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 HeadFn = Callable[[Tensor, Head], Any]
 
 _ORIGINAL = "_fastalign_original_forward"
+_PACKABLE = "_fastalign_packable_layers"
 _PROBE_LOGIT = 100.0  # the probe is amplified until some logit reaches this, so that an unknown softcap shows
 
 
@@ -55,6 +57,8 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
         raise ValueError(f"{type(base).__name__} is not a causal language model with a separate backbone")
     if verify:
         verify_head(model)
+    if layers := prevent_packing(base):
+        setattr(base, _PACKABLE, layers)
     wrapped = base.__dict__.get("forward")  # another library's instance-level forward, kept and restored
     setattr(base, _ORIGINAL, wrapped if wrapped is not None else MethodType(type(base).forward, base))
     base.forward = MethodType(_fused_forward(type(base)), base)
@@ -72,6 +76,7 @@ def unfuse_head(model: Model) -> Model:
     else:
         base.forward = original
     delattr(base, _ORIGINAL)
+    allow_packing(base.__dict__.pop(_PACKABLE, []))
     return model
 
 
@@ -95,7 +100,7 @@ def verify_head(model: nn.Module) -> None:
     if weight.is_meta:
         raise ValueError(f"the head of {name} is on the meta device: load the weights before fusing")
     input_ids = torch.arange(8, device=base.get_input_embeddings().weight.device).view(2, 4) % weight.shape[0]
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), evaluating(base):
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), unpacked(base), evaluating(base):
         factor = 1.0
         for _ in range(2):
             hidden, own = _own_logits(base, input_ids, factor)
@@ -133,6 +138,8 @@ def run_head(base: PreTrainedModel, head_fn: HeadFn, args: tuple[Any, ...], kwar
             raise ValueError(
                 f"{name} cannot be combined with head_fn: the function gets every hidden state and no logits exist"
             )
+    if torch.is_grad_enabled() and getattr(base, "quantization_method", None) is not None:
+        check_unpacked(base)
     kwargs.pop("return_dict", None)
     with_router = bool(kwargs.pop("output_router_logits", False))
     if with_router:

@@ -177,6 +177,31 @@ def test_minimiser_is_the_optimum_of_the_length_regularised_objective(loss_type,
     assert_close(logits.detach().log_softmax(0), optimum, atol=1e-6, rtol=0)
 
 
+MINIMA = {  # where the loss of a pair of one-token responses ends: log-ratios at which nothing pulls any more
+    "sigmoid": lambda beta, eps: (math.log((1 - eps) / eps) / beta, 0.0),
+    "exo_pair": lambda beta, eps: (math.log((1 - eps) / eps) / beta, 0.0),
+    "ipo": lambda beta, eps: (1 / (2 * beta), 0.0),
+    "sppo_hard": lambda beta, eps: (1 / (2 * beta), -1 / (2 * beta)),
+    "hinge": lambda beta, eps: (1.001 / beta, 0.0),
+}
+
+
+@pytest.mark.parametrize("loss_type", MINIMA)
+def test_the_minimum_is_where_the_paper_puts_it(loss_type):
+    """EXO and SPPO end at a loss of 0, IPO at its margin, cDPO at the odds of a flip."""
+    eps = 0.2 if DPO_LOSSES[loss_type].accepts_label_smoothing else 0.0
+    s = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in MINIMA[loss_type](BETA, eps)]
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1)
+    options = {"beta": BETA, "loss_type": loss_type, "label_smoothing": eps}
+    lengths = {"chosen_lengths": one, "rejected_lengths": one}
+    loss = dpo_loss(*s, zero, zero, **lengths, **options).loss
+    assert_close(torch.stack(torch.autograd.grad(loss, s)), torch.zeros(2, 1, dtype=torch.float64), rtol=0, atol=1e-12)
+    if loss_type != "sigmoid":
+        assert loss.item() == pytest.approx(0, abs=1e-12)
+    for step in (-0.3, 0.3):
+        assert dpo_loss(s[0] + step, s[1], zero, zero, **lengths, **options).loss >= loss
+
+
 def test_length_alpha_zero_is_dpo_to_the_bit(make_batch):
     logps, lengths = make_batch(dtype=torch.float32)
     plain = dpo_loss(*logps, reduction="none").loss

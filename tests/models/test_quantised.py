@@ -42,7 +42,7 @@ def test_a_repacked_layer_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), Layer(True))
     check_unpacked(model)
     model[1].weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=True)
-    with pytest.raises(ValueError, match="^1 was repacked by bitsandbytes"):
+    with pytest.raises(ValueError, match=r"^1 was repacked by bitsandbytes"):
         check_unpacked(model)
 
 

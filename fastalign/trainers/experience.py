@@ -51,7 +51,7 @@ class TokenGrid:
 class Experience:
     """What an update trains on, (n,) float32 each, in the order of the batch's rows; and the phase's metrics.
 
-    returns: None without a critic. kept: (S,) bool, on the host, the completions that filter_groups keeps; None: all.
+    returns: None without a critic. kept: (S,) bool, on the host, the completions to train on; None: all.
     """
 
     advantages: Tensor
@@ -125,7 +125,7 @@ def make_experience(
     if flat_returns is not None:
         assert values is not None
         metrics |= explained_variance_metrics("val/explained_variance", values, flat_returns)
-    kept = _with_spread(shaped, args.num_generations) if args.filter_groups else None
+    kept = _kept(args, shaped, finished)
     if kept is not None:
         metrics["completions/filtered_ratio"] = _mean((~kept).float())
     if not counts:
@@ -134,6 +134,14 @@ def make_experience(
         advantages=grid.gather(advantages), returns=flat_returns, metrics=metrics,
         kept=None if kept is None else kept.cpu().numpy(),
     )  # fmt: skip
+
+
+def _kept(args: PPOConfig, scores: Tensor, finished: Tensor) -> Tensor | None:
+    """(S,) bool: the completions that the config's filters leave; None without one."""
+    kept = _with_spread(scores, args.num_generations) if args.filter_groups else None
+    if args.mask_truncated_completions:
+        kept = finished if kept is None else kept & finished
+    return kept
 
 
 def _with_spread(scores: Tensor, num_generations: int) -> Tensor:

@@ -12,10 +12,10 @@ from fastalign.trainers.config import REFUSED, TrainerConfig, described
 from fastalign.trainers.ppo_settings import (
     ADVANTAGE_ESTIMATORS,
     KL_CONTROLLERS,
-    OF_LOSS_TYPE,
     POLICY_UPDATES,
     check_ppo_settings,
     of_loss_type,
+    take_defaults_of_loss_type,
 )
 
 DEFAULT_ROLLOUT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -120,6 +120,10 @@ class PPOConfig(TrainerConfig):
         default=False, metadata=described("Bring scores to mean 0 and deviation 1 of all scores so far.")
     )
     score_clip: float | None = field(default=None, metadata=described("Clip scores to ± this, after normalising."))
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata=described("Do not train on completions that did not end by themselves; they are scored all the same."),
+    )
     kl_coef: float | None = field(
         default=None,
         metadata=described("Weight of the KL to the reference in the token rewards. " + of_loss_type("kl_coef")),
@@ -270,11 +274,7 @@ class PPOConfig(TrainerConfig):
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, [value])
         super().__post_init__()
-        if self.loss_type not in POLICY_LOSSES:
-            raise ValueError(f"loss_type={self.loss_type!r}: accepted are {', '.join(POLICY_LOSSES)}")
-        for name, option in OF_LOSS_TYPE.items():
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(POLICY_LOSSES[self.loss_type], option))
+        take_defaults_of_loss_type(self)
         check_ppo_settings(self)
         if self.kl_estimator != "k1" and self.kl_coef:
             logger.warning(

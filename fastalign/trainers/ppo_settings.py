@@ -34,6 +34,15 @@ def of_loss_type(name: str) -> str:
     return "By default " + "".join(f"{value} in {', '.join(types)}; " for value, types in rare) + f"else {commonest}."
 
 
+def take_defaults_of_loss_type(config: PPOConfig) -> None:
+    """Fill in what was not given. Raises ValueError for an unknown loss_type."""
+    if config.loss_type not in POLICY_LOSSES:
+        raise ValueError(f"loss_type={config.loss_type!r}: accepted are {', '.join(POLICY_LOSSES)}")
+    for name, option in OF_LOSS_TYPE.items():
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(POLICY_LOSSES[config.loss_type], option))
+
+
 def _plain(value: str | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
 
@@ -59,7 +68,7 @@ _CLIP = (
 _UNUSED_BY_LOSS = {
     "clip": (*_PENALTY, "trpo_max_kl"),
     "penalty": (*_CLIP, "trpo_max_kl"),
-    "trpo": (*_CLIP, *_PENALTY, "loss_aggregation", "filter_groups"),
+    "trpo": (*_CLIP, *_PENALTY, "loss_aggregation", "filter_groups", "mask_truncated_completions"),
 }
 
 

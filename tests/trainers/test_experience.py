@@ -128,6 +128,18 @@ def test_groups_without_spread_are_not_kept(kit):
     assert make_experience(longer, **inputs).kept.tolist() == [True] * 4
 
 
+def test_truncated_completions_are_not_kept(kit):
+    """But scored: what the others of the group have is measured against them too."""
+    inputs = given() | {"scores": torch.tensor([1.0, 2.0, 3.0, 3.0]), "values": None}
+    settings = {"advantage_estimator": "group", "num_generations": 2, "mask_truncated_completions": True}
+    got = make_experience(kit.ppo_config(**settings), **inputs)
+    assert got.kept.tolist() == FINISHED == [True, False, True, True]
+    plain = make_experience(kit.ppo_config(**(settings | {"mask_truncated_completions": False})), **inputs)
+    assert torch.equal(got.advantages, plain.advantages)
+    both = make_experience(kit.ppo_config(filter_groups=True, **settings), **inputs)
+    assert both.kept.tolist() == [True, False, False, False]
+
+
 def test_long_completions_are_penalised(kit):
     """Of at most 6 tokens, the last 4 of which cost a quarter of the penalty each."""
     inputs = given()

@@ -87,6 +87,7 @@ IGNORED = [
         {"policy_loss": "trpo", "advantage_estimator": "group", "num_generations": 2, "filter_groups": True},
         "policy_loss='trpo'",
     ),
+    ({"policy_loss": "trpo", "mask_truncated_completions": True}, "policy_loss='trpo'"),
     ({"sampler_cap": 3.0}, "sampler_correction=None"),
     ({"overlong_penalty": 2.0}, "overlong_buffer=None"),
     ({"penalty_coef": 2.0}, "policy_loss='clip'"),

@@ -195,6 +195,15 @@ def test_groups_without_spread_are_left_out(kit):
     assert log["objective/scores"] != expected["objective/scores"]  # what was sampled is all reported
 
 
+def test_truncated_completions_are_not_trained_on(kit):
+    """With a critic too; in the mini-batches, and in nothing else."""
+    trainer = kit.ppo(sampler=kit.fixed_answers(6), mask_truncated_completions=True, num_mini_batches=1, max_steps=2)
+    trainer.train()
+    logs = kit.logs(trainer)
+    assert all(log["completions/filtered_ratio"] == log["completions/clipped_ratio"] for log in logs)
+    assert any(0 < log["completions/filtered_ratio"] < 1 and log["policy/approxkl_k3"] > 0 for log in logs)
+
+
 def test_mini_batches_of_what_is_kept(kit):
     trainer = kit.ppo(num_ppo_epochs=3, num_mini_batches=4, per_device_train_batch_size=2)
     kept = np.array([True, False, True, True, False, True, True, False])

@@ -192,13 +192,15 @@ def test_without_a_compiler_the_sdist_installs_and_says_so_in_one_line(pure):
     code = """
 import torch
 from fastalign.ops import backends
-print(backends.resolve("auto", torch.zeros(1)).name)
+backends.resolve("auto", torch.zeros(1))
+print(backends.resolve("auto", torch.zeros(2)).name)
 print(backends.available()["cpu"])
 """
     command = [interpreter, "-P", "-c", code]
     done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=True)
     name, reason = done.stdout.splitlines()
     assert name == "torch"
+    assert done.stderr == f"cpu tensors run on the slower backend 'torch': {reason}\n"
     assert "install with a C++ compiler" in reason
 
 

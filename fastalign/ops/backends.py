@@ -5,13 +5,15 @@ capability.
     cpu      C++ (csrc/cpu): threads and SIMD, needs the compiled extension
     triton   CUDA or ROCm tensors; CPU tensors only under TRITON_INTERPRET=1
 
-`backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had. A backend
-that is named and cannot run raises ValueError with the reason; nothing falls back in silence.
+`backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had, which it
+says once in a process. A backend that is named and cannot run raises ValueError with the reason; nothing falls back in
+silence.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from fastalign.ops import rows as R
 from fastalign.ops.scans import gae_torch
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("torch", "cpu", "triton")
 
@@ -108,6 +112,11 @@ def _load(name: str) -> Backend:
     return triton_backend.BACKEND
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning(text)
+
+
 def resolve(name: str, tensor: Tensor) -> Backend:
     """The backend that serves `tensor` (hidden).
 
@@ -117,6 +126,8 @@ def resolve(name: str, tensor: Tensor) -> Backend:
     device_type, dtype = tensor.device.type, tensor.dtype
     if name == "auto":
         preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
+        if (reason := _reasons()[preferred]) is not None and not torch.compiler.is_compiling():
+            _say_once(f"{device_type} tensors run on the slower backend 'torch': {reason}")
         return _load(preferred if _why_not(preferred, device_type, dtype) is None else "torch")
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")

@@ -27,7 +27,7 @@ from fastalign.demo.settings import DemoSettings
 from fastalign.demo.training import common_settings, finished, train_sft_model
 from fastalign.trainers import DPOConfig, DPOTrainer, PROConfig, PROTrainer
 
-LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
 Rows = list[dict[str, Any]]
 
 

@@ -12,7 +12,7 @@ from fastalign.linear.metrics import accuracy_and_entropy
 from fastalign.linear.sequences import check_detached, count_sequences, halved_sums, halves, lengths_on
 from fastalign.losses import (
     DPOOptions,
-    check_dpo_options,
+    check_pair_call,
     check_reduction,
     dpo_metrics,
     mean_metric,
@@ -76,7 +76,7 @@ def linear_dpo_loss(
         "f_alpha_divergence_coef": f_alpha_divergence_coef, "discopop_tau": discopop_tau, "ld_alpha": ld_alpha,
         "use_weighting": use_weighting, "simpo_gamma": simpo_gamma, "cpo_alpha": cpo_alpha,
     }  # fmt: skip
-    variants = check_dpo_options(**options, has_reference=ref_logps is not None)
+    variants = check_pair_call(has_reference=ref_logps is not None, shift=shift, **options)
     by_token = _check_reference(ref_logps, targets, sequences, ld_alpha)
     pairs = sequences // 2
     scale = sft_scale(loss_type, None, num_chosen_tokens, num_items, pairs)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
 from fastalign.linear.sequences import check_per_sequence, count_sequences, lengths_on
-from fastalign.losses import check_reduction, response_losses, response_metrics
+from fastalign.losses import check_reduction, check_response_call, response_losses, response_metrics
 from fastalign.ops import linear_loss, sequence_logps
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
@@ -49,10 +50,13 @@ def linear_kto_loss(
     sequences = count_sequences(hidden, targets, cu_seqlens)
     check_per_sequence("ref_logps", ref_logps, sequences)
     check_per_sequence("labels", labels, sequences)
+    if labels.dtype != torch.bool:
+        raise ValueError(f"labels: dtype {labels.dtype}, accepted is bool, True = desirable")
     options: dict[str, Any] = {
         "kl": kl, "shift": shift, "beta": beta, "loss_type": loss_type, "desirable_weight": desirable_weight,
         "undesirable_weight": undesirable_weight,
     }  # fmt: skip
+    check_response_call(**options)
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor, labels: Tensor) -> Tensor:
         return response_losses(sequence_logps(scored.logps, cu_seqlens=cu), ref_logps, labels, **options)

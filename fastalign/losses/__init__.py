@@ -23,12 +23,12 @@ from fastalign.losses.policy import (
     ppo_penalty_loss,
     token_weights,
 )
-from fastalign.losses.preference import dpo_loss, dpo_metrics, pair_losses, sft_scale
+from fastalign.losses.preference import check_pair_call, dpo_loss, dpo_metrics, pair_losses, sft_scale
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
 from fastalign.losses.rewards import LABEL_LOSSES, bradley_terry_loss, label_loss, ranking_loss
 from fastalign.losses.shaping import RunningMoments, shape_scores, token_rewards
 from fastalign.losses.terms import F_DIVERGENCES, DPOOptions
-from fastalign.losses.unpaired import kto_kl, kto_loss, response_losses, response_metrics
+from fastalign.losses.unpaired import check_response_call, kto_kl, kto_loss, response_losses, response_metrics
 from fastalign.losses.value import value_loss
 from fastalign.losses.weighting import tail_mask, wpo_weights
 
@@ -45,8 +45,10 @@ __all__ = [
     "RunningMoments",
     "bradley_terry_loss",
     "check_dpo_options",
+    "check_pair_call",
     "check_policy_options",
     "check_reduction",
+    "check_response_call",
     "correlation_metrics",
     "deviation_metrics",
     "dpo_loss",

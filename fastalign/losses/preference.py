@@ -32,8 +32,8 @@ def pair_losses(
     given = DPOOptions(**options)
     has_lengths = chosen_lengths is not None and rejected_lengths is not None
     has_reference = ref_chosen_logps is not None or ref_rejected_logps is not None
-    variants = check_dpo_options(**options, has_lengths=has_lengths)
-    _check_pairs(given, variants, has_reference, weights, shift)
+    variants = check_pair_call(has_reference=has_reference, shift=shift, has_lengths=has_lengths, **options)
+    _check_weights(given, variants, weights)
     pairs = make_pairs(
         given, (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths),
         tail_logps,
@@ -52,22 +52,30 @@ def pair_losses(
     return total if weights is None else total * weights.to(total.dtype)
 
 
-def _check_pairs(
-    options: DPOOptions, variants: Sequence[DPOLoss], has_reference: bool, weights: Tensor | None, shift: float | Tensor
-) -> None:
-    """What `dpo_loss` is given beside log-probs and options: needed where it is missing, used where it is there."""
-    name = f"loss_type={options.loss_type!r}"
+def check_pair_call(
+    *, has_reference: bool, shift: float | Tensor, has_lengths: bool = True, **options: Any
+) -> tuple[DPOLoss, ...]:
+    """The variants, once `dpo_loss` has what they need and nothing that they would ignore; else ValueError."""
+    given = DPOOptions(**options)
+    variants = check_dpo_options(**options, has_lengths=has_lengths)
     if variants[0].rows != "pairs":
-        raise ValueError(f"{name} is a loss on single responses: call kto_loss")
-    check_reference(options, variants, has_reference)
-    if options.use_weighting and weights is None:
-        raise ValueError("use_weighting needs weights (P,), see wpo_weights")
-    if weights is not None:
-        if weights.requires_grad:
-            raise ValueError("weights requires grad, but no gradient flows there: detach it")
-        if any(variant.couples_batch for variant in variants):
-            raise ValueError(f"{name} does not take weights: its losses are of ranks, not of pairs")
-    check_shift(options, variants, shift)
+        raise ValueError(f"loss_type={given.loss_type!r} is a loss on single responses: call kto_loss")
+    check_reference(given, variants, has_reference)
+    check_shift(given, variants, shift)
+    return variants
+
+
+def _check_weights(options: DPOOptions, variants: Sequence[DPOLoss], weights: Tensor | None) -> None:
+    if weights is None:
+        if options.use_weighting:
+            raise ValueError("use_weighting needs weights (P,), see wpo_weights")
+        return
+    if weights.requires_grad:
+        raise ValueError("weights requires grad, but no gradient flows there: detach it")
+    if any(variant.couples_batch for variant in variants):
+        raise ValueError(
+            f"loss_type={options.loss_type!r} does not take weights: its losses are of ranks, not of pairs"
+        )
 
 
 @torch.no_grad()

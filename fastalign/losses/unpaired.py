@@ -62,8 +62,7 @@ def response_losses(
 ) -> Tensor:  # fmt: skip
     """The losses of `kto_loss`, (S,), without metrics: each response by itself."""
     options = {"loss_type": "kto"} | options
-    (variant,) = check_dpo_options(**options)
-    _check_call(variant, DPOOptions(**options), kl, shift)
+    variant = check_response_call(kl=kl, shift=shift, **options)
     logratios = torch.sub(*_checked(logps, ref_logps, labels))
     if kl is not None:
         kl = kl.detach().clamp(min=0).to(logratios.dtype)
@@ -98,8 +97,11 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Metric:
     return Metric(difference.sum(), difference.new_full((), difference.numel()))
 
 
-def _check_call(variant: DPOLoss, options: DPOOptions, kl: Tensor | None, shift: float | Tensor) -> None:
-    name = f"loss_type={options.loss_type!r}"
+def check_response_call(*, kl: Tensor | None, shift: float | Tensor, **options: Any) -> DPOLoss:
+    """The variant, once `kto_loss` has what it needs and nothing that it would ignore; else ValueError."""
+    given = DPOOptions(**options)
+    variant = check_dpo_options(**options)[0]
+    name = f"loss_type={given.loss_type!r}"
     if variant.rows != "responses":
         able = ", ".join(repr(key) for key, entry in DPO_LOSSES.items() if entry.rows == "responses")
         raise ValueError(f"{name} is a loss on pairs: call dpo_loss; on single responses there are {able}")
@@ -109,7 +111,8 @@ def _check_call(variant: DPOLoss, options: DPOOptions, kl: Tensor | None, shift:
         raise ValueError(f"{name} has no reference point: kl would be ignored; leave it out")
     if kl is not None and kl.dim() != 0:
         raise ValueError(f"kl: shape {tuple(kl.shape)}, accepted is a 0-dim tensor")
-    check_shift(options, (variant,), shift)
+    check_shift(given, (variant,), shift)
+    return variant
 
 
 def _checked(logps: Tensor, ref_logps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

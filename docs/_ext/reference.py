@@ -6,6 +6,7 @@ they are parsed, so that a name added to an `__all__` or a field added to a conf
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -24,7 +25,7 @@ FUSED = (
     "fastalign.linear",
     "fastalign.types",
 )  # what reference/linear.rst shows of the package itself
-TEMPLATES = re.compile(r"index|results|changelog|contributing|reference/\w+")
+TEMPLATES = re.compile(r"index|examples|results|changelog|contributing|reference/\w+")
 
 
 # ---- what stands in a page
@@ -114,6 +115,21 @@ def commands() -> str:
     out: list[str] = []
     for command in COMMANDS:
         out += [*_heading(f"fastalign {command}", "-"), command_help(command)]
+    return "\n".join(out)
+
+
+def examples(*first: str) -> str:
+    """The scripts of examples/, what each says of itself and its code; then the configurations."""
+    scripts = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+    out: list[str] = []
+    for name in [*first, *(name for name in scripts if name not in first)]:
+        tree = ast.parse(scripts[name].read_text())
+        text = (ast.get_docstring(tree) or "").split("\n")
+        out += [*_heading(text[0].partition(":")[0].rstrip("."), "-"), *Docstring(text, link=full_name).rst()]
+        begin = tree.body[1].lineno  # after the docstring
+        out += [f".. literalinclude:: ../examples/{name}.py", "   :language: python", f"   :lines: {begin}-", ""]
+    for path in sorted((ROOT / "examples").glob("*.yaml")):
+        out += [*_heading(path.name, "-"), f".. literalinclude:: ../examples/{path.name}", "   :language: yaml", ""]
     return "\n".join(out)
 
 
@@ -238,7 +254,7 @@ def _value(value: Any) -> list[str]:
 # ---- Sphinx
 
 
-FUNCTIONS = (api, others, trainers, shared_config, command_help, commands, document, results, unlisted)
+FUNCTIONS = (api, others, trainers, shared_config, command_help, commands, examples, document, results, unlisted)
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -161,6 +161,12 @@ def test_every_command_is_described(site):
         assert f"usage: fastalign {command}" in text
 
 
+def test_every_example_is_shown(site):
+    text = soup(site / "examples.html").find("article").get_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.read_text().rstrip().splitlines()[-1] in text, path.name
+
+
 def test_pages_load_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         for tag in soup(page).find_all(["script", "link", "img", "iframe"]):

@@ -94,7 +94,7 @@ def config_table(module: str, name: str) -> list[str]:
         accepted = "".join(f" ``{choice}``" for choice in field.metadata.get("choices", ()))
         text = Docstring([], link=full_name).inline(text) + (f" Accepted:{accepted}." if accepted else "")
         rows.append([f"``{field.name}``", f"``{own[field.name]}``", f"``{_default(field)}``", text])
-    return _table(["field", "type", "default", ""], rows, "settings", "20 20 14 46")
+    return _table(["field", "type", "default", ""], rows, "settings", "20 17 13 50")
 
 
 def command_help(command: str) -> str:

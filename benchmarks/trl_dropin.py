@@ -5,9 +5,9 @@
 
 Two trainers, alike but for the call, take the same steps on the same batches in turns: forward, backward, AdamW and
 metrics. Time: the median over steps, as a ratio. `loss_difference`: the largest of all steps, between two runs that
-drift apart on their own; `weight_difference`: the largest at their end. Peak memory: of a trainer's first step, in a process of its own, above what was resident
-before it, after another trainer took a step on a small batch. The completions of a GRPO step are sampled once and kept:
-sampling is TRL's either way, and left out.
+drift apart on their own; `weight_difference`: the largest at their end. Peak memory: of a trainer's first step, in a
+process of its own, above what was resident before it, after another trainer took a step on a small batch. The
+completions of a GRPO step are sampled once and kept: sampling is TRL's either way, and left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def dpo_trainer(options: argparse.Namespace, folder: str) -> tuple[Any, list[dic
     from trl_dpo_curve import select
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows = select(options.data, tokenizer, options.steps * options.batch, options.max_length)[1]
+    rows = select(options.data, tokenizer, (options.steps + 1) * options.batch, options.max_length)[
+        1
+    ]  # one more: warm-up
     arguments = DPOConfig(
         folder, per_device_train_batch_size=options.batch, max_length=options.max_length,
         train_sampling_strategy="sequential", **COMMON,

@@ -88,8 +88,9 @@ def patch(model: nn.Module) -> PatchHandle:
         raise ValueError(f"{type(model).__name__} has a method logps of its own, which patch would hide")
     fused_before = is_fused(base)
     fuse_head(model)
-    setattr(model, _FUSED_HERE, not fused_before)
-    model.logps = MethodType(_logps, model)  # type: ignore[assignment]
+    # straight into __dict__: the wrapper of torch.compile sets attributes of the model inside
+    model.__dict__[_FUSED_HERE] = not fused_before
+    model.__dict__["logps"] = MethodType(_logps, model)
     return PatchHandle(lambda: _remove(model))
 
 

@@ -233,6 +233,23 @@ def _reduced(bucket):
     return future
 
 
+def test_in_torch_compiles_wrapper(zoo):
+    """No graph break, and one graph for all calls: what is scored is an input of it, not a part."""
+    model, batch = zoo.make("llama"), zoo.batch()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    expected, _, _ = expected_logps(model, batch)
+    torch._dynamo.utils.counters.clear()
+    with patch(compiled):
+        assert not hasattr(model, "logps")
+        for mask in (completion_mask(batch), completion_mask(batch), completion_mask(batch).roll(1, 1)):
+            out = compiled.logps(batch["input_ids"], mask, batch["attention_mask"]).logps
+            if torch.equal(mask, completion_mask(batch)):
+                torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not hasattr(compiled, "logps")
+    assert model.forward.__func__ is tf.LlamaForCausalLM.forward
+
+
 def test_autocast(zoo):
     model, batch = zoo.make("llama"), zoo.batch()
     patch(model)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastalign import losses, ops
-    from fastalign.linear import linear_cross_entropy, linear_dpo_loss, linear_ppo_loss
+    from fastalign.integrations import patch, patch_trl, unpatch
+    from fastalign.linear import (
+        linear_cross_entropy,
+        linear_dpo_loss,
+        linear_kto_loss,
+        linear_ppo_loss,
+        linear_pro_loss,
+    )
     from fastalign.ops.linear_logps import linear_logps
     from fastalign.ops.linear_loss import linear_loss
     from fastalign.ops.sequences import sequence_logps
@@ -20,6 +27,8 @@ if TYPE_CHECKING:
         DPOTrainer,
         PPOConfig,
         PPOTrainer,
+        PROConfig,
+        PROTrainer,
         RewardConfig,
         RewardTrainer,
         SFTConfig,
@@ -38,6 +47,8 @@ __all__ = [
     "Metric",
     "PPOConfig",
     "PPOTrainer",
+    "PROConfig",
+    "PROTrainer",
     "ReferenceCache",
     "RewardConfig",
     "RewardTrainer",
@@ -46,23 +57,31 @@ __all__ = [
     "__version__",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_logps",
     "linear_loss",
     "linear_ppo_loss",
+    "linear_pro_loss",
     "losses",
     "ops",
+    "patch",
+    "patch_trl",
     "sequence_logps",
+    "unpatch",
 ]
 
 # Where each public name lives; tests/test_imports.py holds this, the imports above and __all__ equal.
 _HOMES = {
-    "fastalign.linear": ["linear_cross_entropy", "linear_dpo_loss", "linear_ppo_loss"],
+    "fastalign.integrations": ["patch", "patch_trl", "unpatch"],
+    "fastalign.linear": [
+        *("linear_cross_entropy", "linear_dpo_loss", "linear_kto_loss", "linear_ppo_loss", "linear_pro_loss"),
+    ],
     "fastalign.ops.linear_logps": ["linear_logps"],
     "fastalign.ops.linear_loss": ["linear_loss"],
     "fastalign.ops.sequences": ["sequence_logps"],
     "fastalign.reference": ["ReferenceCache"],
     "fastalign.trainers": [
-        *("DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer"),
+        *("DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer", "PROConfig", "PROTrainer"),
         *("RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"),
     ],
     "fastalign.types": ["IGNORE_INDEX", "LinearLogps", "LossOutput", "Metric"],

@@ -158,10 +158,10 @@ def test_functions_are_short(path: Path):
             assert length <= MAX_FUNCTION_LINES, f"{name_of(path)}:{node.lineno}: {node.name} has {length} lines"
 
 
-def test_every_package_is_installed():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastalign").rglob("__init__.py")}
-    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"fastalign.kernels"}
+def test_every_folder_is_a_package():
+    """setup.py finds packages by their __init__.py; tests/test_wheel.py has what is installed."""
+    folders = {path.parent for path in (ROOT / "fastalign").rglob("*.py")}
+    assert not {str(folder) for folder in folders if not (folder / "__init__.py").exists()}
     assert not list((ROOT / "kernels").glob("*/")) or {p.name for p in (ROOT / "kernels").glob("*/")} <= {"__pycache__"}
 
 

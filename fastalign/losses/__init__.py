@@ -23,10 +23,12 @@ from fastalign.losses.policy import (
     ppo_penalty_loss,
     token_weights,
 )
+from fastalign.losses.policy_options import IMPORTANCE_SAMPLING_LEVELS, POLICY_LOSSES, PolicyLoss, PolicyOptions
 from fastalign.losses.preference import check_pair_call, dpo_loss, dpo_metrics, pair_losses, sft_scale
 from fastalign.losses.reduction import REDUCTIONS, check_reduction, reduce_losses
 from fastalign.losses.rewards import LABEL_LOSSES, bradley_terry_loss, label_loss, ranking_loss
-from fastalign.losses.shaping import RunningMoments, shape_scores, token_rewards
+from fastalign.losses.sampler import SAMPLER_CORRECTIONS, sampler_weights
+from fastalign.losses.shaping import RunningMoments, overlong_penalty, shape_scores, token_rewards
 from fastalign.losses.terms import F_DIVERGENCES, DPOOptions
 from fastalign.losses.unpaired import check_response_call, kto_kl, kto_loss, response_losses, response_metrics
 from fastalign.losses.value import value_loss
@@ -36,12 +38,17 @@ __all__ = [
     "AGGREGATIONS",
     "DPO_LOSSES",
     "F_DIVERGENCES",
+    "IMPORTANCE_SAMPLING_LEVELS",
     "KL_ESTIMATORS",
     "LABEL_LOSSES",
     "LISTWISE_LOSSES",
+    "POLICY_LOSSES",
     "REDUCTIONS",
+    "SAMPLER_CORRECTIONS",
     "DPOLoss",
     "DPOOptions",
+    "PolicyLoss",
+    "PolicyOptions",
     "RunningMoments",
     "bradley_terry_loss",
     "check_dpo_options",
@@ -63,6 +70,7 @@ __all__ = [
     "list_metrics",
     "mean_metric",
     "merge_metrics",
+    "overlong_penalty",
     "pair_losses",
     "policy_losses",
     "policy_metrics",
@@ -74,6 +82,7 @@ __all__ = [
     "reduce_losses",
     "response_losses",
     "response_metrics",
+    "sampler_weights",
     "sft_scale",
     "shape_scores",
     "summarize",

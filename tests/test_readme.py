@@ -30,7 +30,7 @@ def test_python_examples_run(code):
 
 
 def test_there_is_an_example_for_each_user():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3  # the first kind's has one for tensors and one for models
     assert len(blocks("yaml")) == 1
 
 

@@ -76,8 +76,8 @@ def patch_trl(
     stays in that chain after `remove()` and does nothing.
 
     Raises ValueError: an object whose model has no such head (another library's trainer, TRL before it had one); a TRL
-    that asks for quantities which are unknown here; FSDP, DeepSpeed or tensor parallelism; torch_compile; a head that
-    cannot be fused, see `fuse_head`.
+    that asks for quantities which are unknown here; FSDP, DeepSpeed or tensor parallelism; a head that cannot be fused,
+    see `fuse_head`.
     """
     _check_trainer(trainer)
     options = {"backend": backend, "schedule": schedule, "workspace_mb": workspace_mb}
@@ -105,8 +105,6 @@ def _check_trainer(trainer: Any) -> None:
     for feature in ("fsdp", "deepspeed"):
         if getattr(trainer, f"is_{feature}_enabled", False):
             raise ValueError(f"{name} runs with {feature}, which is not supported yet: use DistributedDataParallel")
-    if getattr(trainer.args, "torch_compile", False):
-        raise ValueError(f"{name} runs with torch_compile=True, which is not supported: accepted is False")
 
 
 @contextlib.contextmanager
@@ -165,7 +163,7 @@ def _install(
     base: PreTrainedModel, settings: _Settings, options: dict[str, Any], autocast: Callable[[], Any]
 ) -> Callable[[], None]:
     """Answer the calls of `base` that ask for TRL's fused head; returns what undoes it."""
-    previous = base.__dict__["forward"]
+    previous, output_class = base.__dict__["forward"], _output_class()
     # one that is wrapped for mixed precision already enters autocast inside of what is replaced here
     context = autocast if _PREPARED in base.__dict__ else contextlib.nullcontext
     active = True
@@ -175,7 +173,7 @@ def _install(
         if not (active and kwargs.get("fused_lm_head")):
             return previous(*args, **kwargs)
         with context():
-            return _fused_output(self, settings, options, args, kwargs)
+            return output_class(**_fused_output(self, settings, options, args, kwargs))
 
     setattr(forward, _MARK, settings)
     base.forward = MethodType(forward, base)
@@ -191,8 +189,8 @@ def _install(
 
 def _fused_output(
     base: PreTrainedModel, settings: _Settings, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """What TRL's forward returns with fused_lm_head=True, argument for argument."""
+) -> dict[str, Any]:
+    """What TRL's forward returns with fused_lm_head=True, field by field."""
     kwargs = {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     num_items = kwargs.pop("num_items_in_batch", None)
@@ -226,4 +224,4 @@ def _fused_output(
     loss = -found["log_probs"].sum() / count
     if aux_loss is not None:
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-    return _output_class()(loss=loss, aux_loss=aux_loss, **found)
+    return {"loss": loss, "aux_loss": aux_loss, **found}

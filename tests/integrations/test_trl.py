@@ -53,6 +53,12 @@ def test_dpo_with_lora(kit, tmp_path):
     kit.assert_same_run(kit.dpo(tmp_path, peft=adapter))
 
 
+@pytest.mark.timeout(1200)
+def test_dpo_compiled(kit, tmp_path):
+    settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    kit.assert_same_run(kit.dpo(tmp_path, learning_rate=0.1, **settings))
+
+
 def test_dpo_in_bfloat16_stays_within_its_rounding(kit, tmp_path):
     """TRL rounds logits to bfloat16, fastalign does not: close, not equal."""
     make = kit.dpo(tmp_path, bf16=True, learning_rate=1e-4)

@@ -68,10 +68,6 @@ def test_refusals_name_what_is_wrong(kit, trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match="DPOTrainer runs with fsdp"):
         patch_trl(trainer)
-    monkeypatch.undo()
-    monkeypatch.setattr(trainer.args, "torch_compile", True)
-    with pytest.raises(ValueError, match="torch_compile=True"):
-        patch_trl(trainer)
 
 
 def test_another_fused_head_is_refused_by_version(kit, trainer, tmp_path, monkeypatch):

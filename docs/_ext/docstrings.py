@@ -96,11 +96,14 @@ class Docstring:
         return bool(before) and before[-1].endswith(":") and at > 0 and not lines[at - 1].strip()
 
     def _end_of_text(self, lines: list[str], at: int) -> int:
+        """A paragraph ends where something else begins; indented lines go on with it, unless a colon announces them."""
         end = at + 1
-        while end < len(lines) and lines[end].strip() and not lines[end].startswith(" "):
-            if any(pattern.match(lines[end]) for pattern in (_SECTION, _BULLET, _COLUMNS)) or self._describes(
-                lines[end]
-            ):
+        while end < len(lines) and lines[end].strip():
+            line = lines[end]
+            if line.startswith(" "):
+                if lines[end - 1].endswith(":"):
+                    break
+            elif any(pattern.match(line) for pattern in (_SECTION, _BULLET, _COLUMNS)) or self._describes(line):
                 break
             end += 1
         return end

@@ -102,6 +102,12 @@ def test_a_sentence_that_runs_on_below_its_name_stays_whole():
     assert described(document) == {"reference": "the model, or None if the folder holds one. Raises CacheError."}
 
 
+def test_a_paragraph_may_hang():
+    document = rendered("Raises ValueError: a model\n    whose head cannot be fused.\nFor example:\n    this one")
+    assert paragraphs(document) == ["Raises ValueError: a model whose head cannot be fused. For example:"]
+    assert blocks(document) == ["this one"]
+
+
 def test_formulas_and_tables_keep_their_columns():
     document = rendered(
         """Loss.

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from fastalign.integrations.patch import PatchHandle, check_local
 from fastalign.integrations.trl_parser import parser_class
 from fastalign.models import Head
-from fastalign.models.causal import run_head, verify_head
+from fastalign.models.causal import original_forward, run_head, verify_head
 from fastalign.models.head import base_causal_lm
 from fastalign.ops import linear_logps
 from fastalign.types import IGNORE_INDEX
@@ -125,7 +125,8 @@ def _is_active(base: PreTrainedModel) -> bool:
 
 def _settings_of(base: PreTrainedModel) -> _Settings:
     """The arguments of TRL's `add_fused_lm_head`, which its forward alone still knows."""
-    function: Any = getattr(base.forward, "__func__", base.forward)
+    outermost = original_forward(base)
+    function: Any = getattr(outermost, "__func__", outermost)
     while function is not None:  # accelerate wraps the forward for mixed precision
         if (known := getattr(function, _MARK, None)) is not None:  # removed from here before
             return known

@@ -31,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 HeadFn = Callable[[Tensor, Head], Any]
 
 _ORIGINAL = "_fastalign_original_forward"
+_MARK = "_fastalign_fused_forward"
 _PACKABLE = "_fastalign_packable_layers"
 _PROBE_LOGIT = 100.0  # the probe is amplified until some logit reaches this, so that an unknown softcap shows
 
@@ -66,9 +67,15 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
 
 
 def unfuse_head(model: Model) -> Model:
-    """Undo `fuse_head`, in place; a model that is not fused is left alone."""
+    """Undo `fuse_head`, in place; a model that is not fused is left alone.
+
+    Where another library has wrapped the forward since, as accelerate does for mixed precision, what `fuse_head` put
+    inside that stays and passes everything on: taking it out would take out the wrapper.
+    """
     base = base_causal_lm(model)
     if not is_fused(base):
+        return model
+    if not hasattr(getattr(base.__dict__.get("forward"), "__func__", None), _MARK):
         return model
     original = getattr(base, _ORIGINAL)
     if getattr(original, "__func__", None) is type(base).forward:
@@ -82,6 +89,11 @@ def unfuse_head(model: Model) -> Model:
 
 def is_fused(model: nn.Module) -> bool:
     return _ORIGINAL in base_causal_lm(model).__dict__
+
+
+def original_forward(base: PreTrainedModel) -> Any:
+    """The forward as it is without `fuse_head`."""
+    return base.__dict__.get(_ORIGINAL, base.forward)
 
 
 def has_router_loss(model: nn.Module) -> bool:
@@ -125,6 +137,7 @@ def _fused_forward(cls: type[PreTrainedModel]) -> Callable[..., Any]:
             return getattr(self, _ORIGINAL)(*args, **kwargs)
         return run_head(self, head_fn, args, kwargs)
 
+    setattr(forward, _MARK, True)
     return forward
 
 

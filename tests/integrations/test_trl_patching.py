@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
-from fastalign.integrations import patch_trl
+from fastalign.integrations import patch, patch_trl, unpatch
 
 pytestmark = [
     pytest.mark.peers,
@@ -43,6 +43,22 @@ def test_generation_and_logits_are_untouched(trainer):
     with patch_trl(trainer):
         assert torch.equal(model(ids).logits, logits)
         assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), text)
+
+
+def test_beside_a_patched_model(kit, trainer):
+    """`patch` on the policy, before or after, changes nothing for the trainer, and the other way round."""
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    call = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    expected = trainer.model(**call).log_probs
+    patch(trainer.model)
+    with patch_trl(trainer):
+        torch.testing.assert_close(trainer.model(**call).log_probs, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(trainer.model.logps(ids, torch.ones_like(ids)).logps, expected, rtol=1e-5, atol=1e-5)
+        ours = trainer.model.forward
+        unpatch(trainer.model)
+        assert trainer.model.forward == ours
+        torch.testing.assert_close(trainer.model(**call).log_probs, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(trainer.model(**call).log_probs, expected)
 
 
 def test_labels_shifted_beforehand(trainer):

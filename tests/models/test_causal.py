@@ -104,6 +104,23 @@ def test_another_librarys_forward_is_kept(zoo):
     assert unfuse_head(model).forward is patched
 
 
+def test_a_wrapper_put_on_since_is_not_taken_off(zoo):
+    """accelerate wraps the forward of a model that trains in mixed precision."""
+    model = fuse_head(zoo.make("llama"))
+    inner, calls = model.forward, []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapper
+    assert unfuse_head(model).forward is wrapper
+    expected = zoo.make("llama")(**zoo.batch()).logits
+    assert torch.equal(model(**zoo.batch()).logits, expected)
+    assert calls == [1]
+    torch.testing.assert_close(fuse_head(model)(**zoo.batch(), head_fn=zoo.logits), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_copy_has_its_own_weights(zoo):
     model = fuse_head(zoo.make("llama"))
     twin = copy.deepcopy(model)

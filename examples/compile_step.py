@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from shop import batches, build_model, build_tokenizer
 
-from fastalign import sequence_logps
-from fastalign.integrations import patch
+from fastalign import patch, sequence_logps
 from fastalign.losses import dpo_loss
 
 LENGTH = 48

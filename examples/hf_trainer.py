@@ -1,4 +1,4 @@
-"""DPO in a subclass of Hugging Face's Trainer: `patch` gives the model `logps`, and a loss is a few lines.
+"""DPO in a subclass of Hugging Face's Trainer: `fastalign.patch` gives the model `logps`, and a loss is a few lines.
 
     python examples/hf_trainer.py [--steps 60]
 
@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 
 import fastalign
 from fastalign.data import PreferenceCollator
-from fastalign.integrations import patch
 from fastalign.losses import dpo_loss
 
 
@@ -28,7 +27,7 @@ class PreferenceTrainer(Trainer):
     beta = 0.3
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        patch(model)  # once: a model that has it is left as it is
+        fastalign.patch(model)  # once: a model that has it is left as it is
         chosen, rejected = sequence_logps(model, inputs).chunk(2)
         ref_chosen, ref_rejected = inputs["ref_logps"].chunk(2)
         output = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=self.beta)
@@ -55,7 +54,7 @@ class Collator(PreferenceCollator):
 def with_reference(model: Any, tokenizer: Any, pairs: list[dict]) -> list[dict]:
     """The pairs with the log-probs of the model as it is now, per token."""
     collate = Collator(tokenizer.pad_token_id)
-    with patch(model), torch.no_grad():
+    with fastalign.patch(model), torch.no_grad():
         for start in range(0, len(pairs), 64):
             chunk = pairs[start : start + 64]
             batch = collate(chunk)

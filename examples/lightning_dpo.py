@@ -15,8 +15,7 @@ import lightning
 import torch
 from shop import batches, build_model, build_tokenizer
 
-from fastalign import LossOutput, linear_dpo_loss, sequence_logps
-from fastalign.integrations import patch
+from fastalign import LossOutput, linear_dpo_loss, patch, sequence_logps
 from fastalign.models import Head, fuse_head
 
 

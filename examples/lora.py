@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from shop import batches, build_model, build_tokenizer
 
-from fastalign import linear_dpo_loss, sequence_logps
-from fastalign.integrations import patch
+from fastalign import linear_dpo_loss, patch, sequence_logps
 from fastalign.models import Head, fuse_head
 
 

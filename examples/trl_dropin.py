@@ -16,7 +16,7 @@ import trl
 from datasets import Dataset
 from shop import build_model, build_tokenizer, text_pairs
 
-from fastalign.integrations import patch_trl
+from fastalign import patch_trl
 
 
 def train(steps: int, with_fastalign: bool) -> tuple[list[float], float]:

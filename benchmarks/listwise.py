@@ -1,6 +1,6 @@
 """PRO on rankings beside DPO on pairs of the best answer against the rest, in gold reward, on the built-in language.
 
-    python benchmarks/listwise.py                # four minutes of one core
+    python benchmarks/listwise.py                # five minutes of one core
 
 Trains everything it needs; see `fastalign.demo.listwise`. Prints one JSON object.
 """
@@ -15,7 +15,7 @@ import time
 from harness import commit, device_name, versions
 from transformers.utils import logging
 
-from fastalign.demo.listwise import LEARNING_RATES, compare
+from fastalign.demo.listwise import compare
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--lists", type=int, default=1024, help="of four ranked answers")
     parser.add_argument("--questions", type=int, default=1024, help="of a test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning_rates", type=float, nargs="+", default=list(LEARNING_RATES))
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="of every way, instead of its own three")
     options = parser.parse_args()
     logging.disable_progress_bar()
 

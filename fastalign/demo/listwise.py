@@ -1,9 +1,8 @@
 """Rankings to a policy, in several ways: PRO on the lists, or DPO on pairs of the best answer against every other.
 
 The same lists of four answers, ranked by the demonstration's annotators; the same SFT model, steps, lists a step,
-optimizer and number of learning rates tried. Each way takes the learning rate that is best on the first seed's
-validation questions, and answers other questions with it, on every seed. What counts is the gold reward, which no way
-sees.
+optimizer and number of learning rates tried. Each way takes the learning rate that is best on validation questions,
+over all seeds, and answers other questions with it. What counts is the gold reward, which no way sees.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,7 +26,6 @@ from fastalign.demo.settings import DemoSettings
 from fastalign.demo.training import common_settings, finished, train_sft_model
 from fastalign.trainers import DPOConfig, DPOTrainer, PROConfig, PROTrainer
 
-LEARNING_RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
 Rows = list[dict[str, Any]]
 
 
@@ -45,9 +43,9 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`tuning`: the first seed's validation questions, every way and learning rate. `scores`: the test questions, every
-    seed, the SFT model first. `differences`: gold reward of a way less that of DPO, by way: of each seed over its
-    questions, which are the same for all, and over the seeds.
+    """`tuning`: the validation questions of every seed, every way and learning rate. `scores`: the test questions of
+    every seed, the SFT model first. `differences`: gold reward of a way less that of DPO, by way, of each seed over its
+    questions, which are the same for all; `overall`: over the seeds.
     """
 
     tuning: list[Score]
@@ -85,11 +83,20 @@ def _relative_pro(sft: Path, rows: Rows, common: dict[str, Any], settings: DemoS
     return PROTrainer(str(sft), args=config, train_dataset=rows)
 
 
+class Way(NamedTuple):
+    """make: from the SFT model's folder, the lists and the common settings to a trainer. learning_rates: what is tried,
+    around the best of a wider grid on one seed.
+    """
+
+    make: Callable[[Path, Rows, dict[str, Any], DemoSettings], DPOTrainer | PROTrainer]
+    learning_rates: tuple[float, ...]
+
+
 DPO = "DPO, best against rest"
-WAYS: dict[str, Callable[[Path, Rows, dict[str, Any], DemoSettings], DPOTrainer | PROTrainer]] = {
-    DPO: _dpo,
-    "PRO": _pro,
-    "PRO, from the reference": _relative_pro,
+WAYS = {
+    DPO: Way(_dpo, (1.2e-3, 2.4e-3, 4.8e-3)),
+    "PRO": Way(_pro, (2.4e-3, 4.8e-3, 9.6e-3)),
+    "PRO, from the reference": Way(_relative_pro, (1.2e-3, 2.4e-3, 4.8e-3)),
 }
 """What is compared: DPO at the demonstration's beta; PRO as published, mean log-probs with its SFT term; and PRO on the
 rewards of DPO, at DPO's beta, which without ties is Plackett and Luce's model."""
@@ -99,19 +106,25 @@ def compare(
     output_dir: str | Path,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    learning_rates: Sequence[float] = LEARNING_RATES,
+    learning_rates: Sequence[float] | None = None,
     **settings: Any,
 ) -> Comparison:
     """Train and score every way on every seed; see the module. One thread of the CPU.
 
-    settings: fields of `DemoSettings`, of which `ranked_questions` is the number of lists and `questions` that of test
-    questions, and of validation questions. Everything is written below output_dir.
+    learning_rates: those of every way, if not its own. settings: fields of `DemoSettings`, of which `ranked_questions`
+    is the number of lists and `questions` that of test questions; there are half as many for validation. Everything is
+    written below output_dir.
     """
     if len(seeds) < 2:
         raise ValueError(f"seeds={seeds!r}: two are needed for a standard error")
     with one_thread():
         runs = [_Seed(Path(output_dir) / f"seed-{seed}", DemoSettings(seed=seed, **settings)) for seed in seeds]
-        tuning = [runs[0].score(way, rate, runs[0].validation)[0] for way in WAYS for rate in learning_rates]
+        tuning = [
+            run.score(name, rate, run.validation)[0]
+            for run in runs
+            for name, way in WAYS.items()
+            for rate in learning_rates or way.learning_rates
+        ]
         chosen = {
             way: max((s for s in tuning if s.way == way), key=lambda s: s.gold.mean).learning_rate for way in WAYS
         }
@@ -131,8 +144,11 @@ def compare(
 
 
 def _best(scores: list[Score]) -> float:
-    """The learning rate of the highest gold reward."""
-    return max(scores, key=lambda score: score.gold.mean).learning_rate
+    """The learning rate of the highest gold reward over all seeds."""
+    gold: dict[float, list[float]] = {}
+    for score in scores:
+        gold.setdefault(score.learning_rate, []).append(score.gold.mean)
+    return max(gold, key=lambda rate: sum(gold[rate]))
 
 
 class _Seed:
@@ -146,7 +162,8 @@ class _Seed:
         annotators = Annotators(settings.gold_weight, settings.length_bias)
         self.rows: Rows = collect_rankings(self.tokenizer, annotators, settings)
         rng = random.Random(f"listwise questions {settings.seed}")
-        self.validation, self.test = ([ask(rng) for _ in range(settings.questions)] for _ in range(2))
+        self.test = [ask(rng) for _ in range(settings.questions)]
+        self.validation = [ask(rng) for _ in range(max(settings.questions // 2, 2))]
         self._policies: dict[tuple[str, float], PreTrainedModel] = {}
 
     def score(self, way: str, learning_rate: float, questions: list[Question]) -> tuple[Score, Answers]:
@@ -161,7 +178,7 @@ class _Seed:
             common = common_settings(folder, self.settings) | {
                 "learning_rate": learning_rate, "num_train_epochs": 1, "micro_batch_tokens": 8192, "max_length": None,
             }  # fmt: skip
-            trainer = WAYS[way](self.folder / "sft", self.rows, common, self.settings)
+            trainer = WAYS[way].make(self.folder / "sft", self.rows, common, self.settings)
             self._policies[way, learning_rate] = finished(trainer)
         return self._policies[way, learning_rate]
 

@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q
 
-.PHONY: help setup demo test lint types unit compiled interpreted gpu long bench format clean distclean
+.PHONY: help setup demo test lint types unit compiled interpreted gpu long bench docs release format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,12 +62,18 @@ bench: setup ## the fused head and a PPO update's against their peers, on this m
 	$(BIN)/python benchmarks/linear_logps.py
 	$(BIN)/python benchmarks/ppo_step.py
 
+docs: setup ## the site, in build/docs; a warning is an error
+	@.ci/docs
+
+release: setup ## sdist and wheel in dist/, proved in clean environments
+	@.ci/release
+
 format: setup ## rewrite the tree as the linter wants it
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove builds, caches and outputs of the demo
-	rm -rf build *.egg-info kernels/_C.* demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info kernels/_C.* demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

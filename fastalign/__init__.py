@@ -90,20 +90,22 @@ _SUBPACKAGES = ["losses", "ops"]
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    value: Any
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
-    elif name in _SUBPACKAGES:
-        value = importlib.import_module(f"fastalign.{name}")
-    elif name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # or type checkers would take every name for granted
 
-        value = version("fastalign")
-    else:
-        raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        value: Any
+        if name in _HOME_OF:
+            value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        elif name in _SUBPACKAGES:
+            value = importlib.import_module(f"fastalign.{name}")
+        elif name == "__version__":
+            from importlib.metadata import version
+
+            value = version("fastalign")
+        else:
+            raise AttributeError(f"module 'fastalign' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

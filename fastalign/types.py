@@ -36,9 +36,11 @@ class Metric(NamedTuple):
 
     @property
     def value(self) -> Tensor:
+        """total / weight, 0-dim."""
         return self.total / self.weight
 
     def merge(self, other: Metric) -> Metric:
+        """The metric of both parts together."""
         return Metric(self.total + other.total, self.weight + other.weight)
 
 

@@ -40,4 +40,6 @@ assert_type(cache.missing([TokenSequence([1, 2], 1)]), list[int])
 # What is wrong is found: an ignored error that is none would be an error itself.
 fastalign.linear_logps(hidden, weight)  # type: ignore[call-arg]
 fastalign.linear_dpo_loss(hidden, weight, targets, ref_logps=0.5)  # type: ignore[arg-type]
+fastalign.linear_loss(None, hidden, weight, targets)  # type: ignore[arg-type]
+fastalign.linear_lopps  # type: ignore[attr-defined] # noqa: B018
 losses.dpo_los  # type: ignore[attr-defined] # noqa: B018

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,10 +31,16 @@ from fastalign.ops.tiles import Sinks, Tiles
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 LossFn = Callable[..., Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 MetricsFn = Callable[..., dict[str, Metric]]
 
 
-@torch.compiler.disable
+def _outside_graphs(function: Function) -> Function:
+    """torch.compiler.disable, which is untyped."""
+    return torch.compiler.disable(function)
+
+
+@_outside_graphs
 def linear_loss(
     loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None,
     groups: Tensor | Sequence[int] | str | None = None, inputs: Mapping[str, Tensor] | None = None,

@@ -46,10 +46,6 @@ def _without(kind: Any, names: set[str]) -> type:
         field = copy.copy(field)
         if name in names:
             field.init = False  # parsers pass over it
-        elif "list" in str(field.type) and isinstance(field.default, str):
-            # parsers take the default of a list from its factory alone
-            field.default_factory = functools.partial(list, (field.default,))
-            field.default = dataclasses.MISSING
         shown[name] = field
     members = {
         "__dataclass_fields__": shown,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
@@ -179,6 +179,9 @@ class TrainerConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        for spec in fields(self):  # argument parsers of transformers and TRL give None for the default of a list
+            if "list[" in str(spec.type) and getattr(self, spec.name) is None and isinstance(spec.default, str):
+                setattr(self, spec.name, spec.default)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)

@@ -87,6 +87,7 @@ def test_flags_that_both_have_go_to_trls_dataclasses(kit, tmp_path):
         assert type(args) is config
         assert (args.dataset_name, args.lora_r, args.use_peft) == (None, 16, False)
         assert (args.learning_rate, args.pad_to_multiple_of) == (3e-5, 8)
+        assert args.loss_type == config(str(tmp_path), use_cpu=True).loss_type
         parser.format_help()
     assert DPOConfig(str(tmp_path), dataset_name="rows", use_cpu=True).dataset_name == "rows"  # untouched by all that
 

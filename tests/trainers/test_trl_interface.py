@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 from fastalign import trainers
 
@@ -149,3 +150,15 @@ def test_the_list_is_that_of_the_installed_trl(repository):
     found = json.loads(json.dumps(module.interface()))
     for part in ("configs", "constructors"):
         assert found[part] == INTERFACE[part]
+
+
+@pytest.mark.parametrize("config", INTERFACE["configs"])
+def test_hugging_faces_argument_parser(config, tmp_path):
+    """Scripts make their arguments of a config's fields; what is not given has its default."""
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--learning_rate", "3e-5"]
+    parser = HfArgumentParser((getattr(trainers, config),))
+    (parsed,) = parser.parse_args_into_dataclasses(words)
+    parser.format_help()
+    expected = make(config, tmp_path, learning_rate=3e-5)
+    for name in INTERFACE["configs"][config]:
+        assert getattr(parsed, name) == getattr(expected, name), name

@@ -97,6 +97,10 @@ def test_grpo_with_a_head_in_float32(kit, tmp_path, saved_model):
     kit.assert_same_run(make, tolerance=1e-3)
 
 
+def test_rloo(kit, tmp_path, saved_model):
+    assert {"loss", "kl", "reward"} <= kit.assert_same_run(kit.rloo(tmp_path, saved_model))
+
+
 def test_kto(kit, tmp_path):
     generator = torch.Generator().manual_seed(4)
     rows = [

@@ -153,3 +153,20 @@ def grpo(folder, model, dtype=torch.float32, **settings):
         )  # fmt: skip
 
     return make
+
+
+def rloo(folder, model, **settings):
+    def make(recorder):
+        generator = torch.Generator().manual_seed(6)
+        data = Dataset.from_list([{"prompt": words(generator, 3, 9)} for _ in range(32)])
+        options = {
+            "num_generations": 4, "max_completion_length": 10, "beta": 0.05, "learning_rate": 0.1,
+            "per_device_train_batch_size": 8, "max_steps": 2,
+        }  # fmt: skip
+        return trl.RLOOTrainer(
+            model=tf.AutoModelForCausalLM.from_pretrained(model), reward_funcs=reward_of,
+            args=arguments(trl.RLOOConfig, folder, **options | settings), train_dataset=data,
+            processing_class=make_tokenizer(), callbacks=[recorder],
+        )  # fmt: skip
+
+    return make

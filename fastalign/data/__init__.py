@@ -14,6 +14,7 @@ from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
 from fastalign.data.reward_collator import RewardCollator
 from fastalign.data.sources import load_rows
+from fastalign.data.unpaired import UnpairedCollator, unpair, with_mismatched
 
 __all__ = [
     "FORMATS",
@@ -34,6 +35,7 @@ __all__ = [
     "PromptData",
     "Reason",
     "RewardCollator",
+    "UnpairedCollator",
     "lists_to_pairs",
     "load_rows",
     "pairs_to_lists",
@@ -42,4 +44,6 @@ __all__ = [
     "prepare_lists",
     "prepare_preferences",
     "prepare_prompts",
+    "unpair",
+    "with_mismatched",
 ]

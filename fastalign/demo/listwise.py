@@ -125,9 +125,7 @@ def compare(
             for name, way in WAYS.items()
             for rate in learning_rates or way.learning_rates
         ]
-        chosen = {
-            way: max((s for s in tuning if s.way == way), key=lambda s: s.gold.mean).learning_rate for way in WAYS
-        }
+        chosen = {way: best_rate([score for score in tuning if score.way == way]) for way in WAYS}
         scores: list[Score] = []
         gains: dict[str, list[np.ndarray]] = {way: [] for way in WAYS if way != DPO}
         for run in runs:
@@ -143,7 +141,7 @@ def compare(
     )
 
 
-def _best(scores: list[Score]) -> float:
+def best_rate(scores: list[Score]) -> float:
     """The learning rate of the highest gold reward over all seeds."""
     gold: dict[float, list[float]] = {}
     for score in scores:

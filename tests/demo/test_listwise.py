@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from fastalign.demo.listwise import DPO, WAYS, _Seed, compare
+from fastalign.demo.evaluation import Estimate
+from fastalign.demo.listwise import DPO, WAYS, Score, _Seed, best_rate, compare
 from fastalign.demo.settings import DemoSettings
 
 TINY = {
@@ -55,6 +56,18 @@ def test_the_ways_differ_in_nothing_but_the_loss(tmp_path):
     pairs = trainers[DPO].train_dataset
     assert len({tuple(ids) for ids in pairs["chosen_ids"]}) <= 32  # each list's best, thrice
     assert trainers["PRO, from the reference"].reference_cache.report.computed == 0
+
+
+def test_the_best_rate_is_that_of_all_seeds():
+    """Not that of the luckiest one."""
+    gold = {0.1: (0.9, 0.1), 0.2: (0.6, 0.7), 0.3: (0.2, 0.8)}
+    nothing = Estimate(0.0, 0.0)
+    scores = [
+        Score("PRO", seed, rate, Estimate(values[seed], 0.0), nothing, nothing)
+        for seed in (0, 1)
+        for rate, values in gold.items()
+    ]
+    assert best_rate(scores) == 0.2
 
 
 def test_as_many_rates_are_tried_of_every_way():

@@ -80,6 +80,7 @@ def test_one_seed_has_no_standard_error(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # of a machine that does other things too
 def test_both_learn_from_rankings(tmp_path):
     """Every way more than halves what the SFT model lacks of a gold reward of 1; which is best, the log says."""
     began = time.process_time()

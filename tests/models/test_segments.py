@@ -17,9 +17,10 @@ def test_blocks_are_the_flat_batch_in_order():
     assert segments.block_sizes == [3, 2, 1, 4, 2]
     assert segments.is_segment == [True, True, False, True, False]
     assert segments.lengths.tolist() == [3, 2, 4]
-    positions, cu_seqlens, longest = segments.varlen(CPU)
-    assert positions.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
-    assert (cu_seqlens.tolist(), cu_seqlens.dtype, longest) == ([0, 3, 5, 9], torch.int32, 4)
+    index = segments.varlen(CPU)
+    assert index.positions.tolist() == index.key_positions.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert index.cu_seqlens.tolist() == index.cu_seqlens_k.tolist() == [0, 3, 5, 9]
+    assert (index.cu_seqlens.dtype, index.longest, index.longest_k) == (torch.int32, 4, 4)
     assert segments.varlen(CPU) is segments.varlen(CPU)
 
 

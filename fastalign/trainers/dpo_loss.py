@@ -77,7 +77,7 @@ class Surroundings:
 def fused_loss(
     args: DPOConfig, batch: Batch, around: Surroundings, num_items: int | Tensor | None
 ) -> Callable[[Tensor, Head], LossOutput]:
-    """From hidden states (n, H) of a batch's rows, and the head, to its loss: the sum over num_items (None: its own)."""
+    """From hidden states (n, H) of a batch's rows, and the head, to its loss: the sum over num_items (or its own)."""
     shift = None if around.shift is None else around.shift.value.to(batch["input_ids"].device)
     given: dict[str, Any] = {} if shift is None else {"shift": shift}
     given |= {

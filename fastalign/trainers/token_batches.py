@@ -194,7 +194,7 @@ def token_dataloader(
         drop_last=args.dataloader_drop_last,
     )  # fmt: skip
     loader: DataLoader[Any] = DataLoader(
-        dataset,  # type: ignore[arg-type]
+        dataset,
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=args.dataloader_num_workers,

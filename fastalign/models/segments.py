@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class VarlenIndex(NamedTuple):
@@ -67,8 +70,7 @@ class Segments:
         self.is_segment: list[bool] = is_segment[blocks > 0].tolist()
         self.prefixes = _checked(prefixes, len(self.lengths))
         self.needed = None if needed is None else np.asarray(needed, np.int64)
-        self._varlen: dict[torch.device, VarlenIndex] = {}
-        self._needed: dict[torch.device, Tensor] = {}
+        self._cache: dict[Any, Any] = {}
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -86,29 +88,35 @@ class Segments:
         """(S,) int64, tokens of each segment's prefix, 0 for none."""
         return np.where(self.prefixes < 0, 0, self.lengths[self.prefixes])
 
+    def cached(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes, kept under `name`: every layer of a model, and a recomputing backward, need it again."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
+
     def needed_on(self, device: torch.device) -> Tensor | None:
         """`needed` on a device; moved there once."""
-        if self.needed is None:
+        needed = self.needed
+        if needed is None:
             return None
-        if device not in self._needed:
-            self._needed[device] = torch.from_numpy(self.needed).to(device, non_blocking=True)
-        return self._needed[device]
+        return self.cached(("needed", device), lambda: torch.from_numpy(needed).to(device, non_blocking=True))
 
     def varlen(self, device: torch.device) -> VarlenIndex:
         """The index for kernels on `device`; moved there once."""
-        if device not in self._varlen:
-            tokens = _spans(self.starts, self.lengths)
-            positions = None if len(tokens) == self.shape[0] * self.shape[1] else torch.from_numpy(tokens).to(device)
-            key_positions, key_lengths = positions, self.lengths + self.prefix_lengths
-            if self.prefix_lengths.any():
-                starts = np.stack([np.where(self.prefixes < 0, 0, self.starts[self.prefixes]), self.starts], axis=1)
-                parts = np.stack([self.prefix_lengths, self.lengths], axis=1)
-                key_positions = torch.from_numpy(_spans(starts.ravel(), parts.ravel())).to(device)
-            self._varlen[device] = VarlenIndex(
-                positions, key_positions, _boundaries(self.lengths, device), _boundaries(key_lengths, device),
-                int(self.lengths.max()), int(key_lengths.max()),
-            )  # fmt: skip
-        return self._varlen[device]
+        return self.cached(("varlen", device), lambda: self._varlen(device))
+
+    def _varlen(self, device: torch.device) -> VarlenIndex:
+        tokens = _spans(self.starts, self.lengths)
+        positions = None if len(tokens) == self.shape[0] * self.shape[1] else torch.from_numpy(tokens).to(device)
+        key_positions, key_lengths = positions, self.lengths + self.prefix_lengths
+        if self.prefix_lengths.any():
+            starts = np.stack([np.where(self.prefixes < 0, 0, self.starts[self.prefixes]), self.starts], axis=1)
+            parts = np.stack([self.prefix_lengths, self.lengths], axis=1)
+            key_positions = torch.from_numpy(_spans(starts.ravel(), parts.ravel())).to(device)
+        return VarlenIndex(
+            positions, key_positions, _boundaries(self.lengths, device), _boundaries(key_lengths, device),
+            int(self.lengths.max()), int(key_lengths.max()),
+        )  # fmt: skip
 
 
 def _checked(prefixes: np.ndarray | None, count: int) -> np.ndarray:

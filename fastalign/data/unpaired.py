@@ -76,10 +76,7 @@ def _numbered(column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.asarray(column.offsets)
     values = np.ascontiguousarray(np.asarray(column.values))
     numbers: dict[bytes, int] = {}
-    found = [
-        numbers.setdefault(values[start:stop].tobytes(), len(numbers))
-        for start, stop in pairwise(offsets)
-    ]
+    found = [numbers.setdefault(values[start:stop].tobytes(), len(numbers)) for start, stop in pairwise(offsets)]
     return np.array(found, np.int64), np.diff(offsets)
 
 

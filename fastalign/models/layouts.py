@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastalign.models.actor_critic import ActorCritic
+from fastalign.models.attention import uses_segments
 from fastalign.models.causal import HeadFn
-from fastalign.models.head import Head
+from fastalign.models.head import Head, base_causal_lm, inside
 from fastalign.models.segments import Segments
 
 TOKEN_LAYOUTS = ("padded", "packed", "shared")
@@ -95,7 +97,7 @@ def plan_layout(batch: Mapping[str, Any], mode: str, *, every_token: bool = Fals
     shape = tuple(batch["input_ids"].shape)
     sequences = _sequences(batch, shape[1], every_token)
     prefixes = _prefix_lengths(batch, sequences) if mode == "shared" else np.zeros(sequences.groups.max() + 1, np.int64)
-    return _laid_out(sequences, prefixes, shape)
+    return _laid_out(sequences, prefixes, shape, every_token)
 
 
 def _sequences(batch: Mapping[str, Any], width: int, every_token: bool) -> _Sequences:
@@ -135,7 +137,7 @@ def _prefix_lengths(batch: Mapping[str, Any], sequences: _Sequences) -> np.ndarr
     return np.where(sizes > 1, np.minimum(prefixes, longest_used), 0)
 
 
-def _laid_out(sequences: _Sequences, prefixes: np.ndarray, shape: tuple[int, ...]) -> TokenLayout:
+def _laid_out(sequences: _Sequences, prefixes: np.ndarray, shape: tuple[int, ...], every_token: bool) -> TokenLayout:
     """Group after group: its prefix, then its members' own tokens. Parts of 0 tokens are left out."""
     count = len(prefixes)
     prefix = prefixes[sequences.groups]
@@ -164,10 +166,11 @@ def _laid_out(sequences: _Sequences, prefixes: np.ndarray, shape: tuple[int, ...
     rows = np.where(
         shift < 0, places[sequences.groups[sequence]] + position, places[count + sequence] + shift
     )  # fmt: skip
+    needed = None if every_token else np.unique(rows)
     return TokenLayout(
         tokens=np.repeat(sources, lengths) + within,
         position_ids=np.repeat(offsets, lengths) + within,
-        segments=Segments(lengths[None], int(ends[-1]), prefixes=prefix_of, needed=np.unique(rows)),
+        segments=Segments(lengths[None], int(ends[-1]), prefixes=prefix_of, needed=needed),
         rows=rows,
         padded=shape[0] * shape[1],
         real=int(sequences.lengths.sum()),
@@ -192,7 +195,8 @@ def run_layout(
     layout: `plan_layout` of this batch; None is the padded one.
     model_kwargs: what else its forward takes. `attention_mask`, `position_ids` and `segments` are given from here.
 
-    Raises ValueError for output_router_logits in a layout that leaves tokens out: the router's loss counts each token.
+    Raises ValueError: a model that is not prepared, or output_router_logits in a layout that leaves tokens out (a
+    router's loss counts each of them).
     """
     ids: Tensor = batch["input_ids"]
     if layout is None:
@@ -208,6 +212,7 @@ def run_layout(
                 f"output_router_logits counts every token and this layout computes {layout.computed} of {layout.real}: "
                 'plan_layout(batch, "packed", every_token=True) leaves none out'
             )
+        _check_prepared(model)
         tokens, positions, rows = layout.on(ids.device)
         ids = ids.reshape(-1).index_select(0, tokens)[None]
         # with a mask of ones transformers does not look, on the device, for sequences that position_ids tell apart
@@ -219,6 +224,16 @@ def run_layout(
     if head_fn is not None:
         model_kwargs["head_fn"] = _at_rows(head_fn, rows)
     return model(input_ids=ids, **model_kwargs)
+
+
+def _check_prepared(model: nn.Module) -> None:
+    while (inner := inside(model)) is not None:
+        model = inner
+    for part in (model.policy, model.critic) if isinstance(model, ActorCritic) else (model,):
+        if part is not None and not uses_segments(part):
+            raise ValueError(
+                f"{type(base_causal_lm(part)).__name__} is not prepared for packed batches: enable_segments(model)"
+            )
 
 
 def _at_rows(head_fn: HeadFn, rows: Tensor) -> HeadFn:

@@ -230,10 +230,14 @@ def _check_prepared(model: nn.Module) -> None:
     while (inner := inside(model)) is not None:
         model = inner
     for part in (model.policy, model.critic) if isinstance(model, ActorCritic) else (model,):
-        if part is not None and not uses_segments(part):
-            raise ValueError(
-                f"{type(base_causal_lm(part)).__name__} is not prepared for packed batches: enable_segments(model)"
-            )
+        if part is None:
+            continue
+        try:
+            base = base_causal_lm(part)
+        except ValueError:  # inside a wrapper that is not known here
+            continue
+        if not uses_segments(base):
+            raise ValueError(f"{type(base).__name__} is not prepared for packed batches: enable_segments(model)")
 
 
 def _at_rows(head_fn: HeadFn, rows: Tensor) -> HeadFn:

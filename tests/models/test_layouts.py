@@ -13,6 +13,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign.data import CompletionCollator, ListCollator, PreferenceCollator, RewardCollator
 from fastalign.models import enable_segments, fuse_head, fuse_scalar_head, load_causal_lm
@@ -303,6 +304,27 @@ def test_in_training_only_what_is_needed_reaches_the_last_mlp():
     )
 
 
+class NoSync(TorchDispatchMode):
+    """Raises where values of a tensor would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma3"])
+@pytest.mark.parametrize("mode", ["packed", "shared"])
+def test_nothing_waits_for_the_device(name, mode):
+    batch = PreferenceCollator(0)(pairs())
+    model = make(name)
+    with NoSync():
+        layout = plan_layout(batch, mode)
+        run_layout(model, batch, layout, lambda hidden, head: hidden).sum().backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSync():
+        float(model.lm_head.weight.sum())
+
+
 @pytest.mark.parametrize("collate", ["pairs", "lists"])
 def test_scores_of_a_scalar_model(collate):
     torch.manual_seed(0)
@@ -424,3 +446,29 @@ def test_real_pairs_in_float32(shared_dir, real_batch):
     packed = check_equal(model, real_batch, expected, "packed", 1e-5)
     shared = check_equal(model, real_batch, expected, "shared", 1e-5)
     assert shared.computed < 0.75 * packed.computed < 0.75 * packed.real < 0.75 * packed.padded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_real_pairs_on_a_gpu(shared_dir, real_batch, attention):
+    """bfloat16 within twice the error of the padded batch, torch's or FlashAttention's variable-length kernel."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    folder = str(shared_dir / "models" / "hh-tiny")
+    exact = fuse_head(load_causal_lm(folder, dtype=torch.float32))
+    with torch.no_grad():
+        wanted = run_layout(exact, real_batch, None, logps_of(real_batch))
+        model = load_causal_lm(folder, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+        fuse_head(enable_segments(model))
+        on_gpu = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in real_batch.items()}
+
+        def error(mode):
+            logps = run_layout(model, on_gpu, plan_layout(on_gpu, mode), lambda hidden, head: hidden)
+            z = logps.float() @ model.lm_head.weight.float().T
+            rows = torch.from_numpy(real_batch["rows"]).cuda()
+            own = z.log_softmax(-1).gather(1, on_gpu["targets"].flatten()[rows][:, None])[:, 0]
+            return float((own.cpu() - wanted).abs().mean())
+
+        allowed = 2 * error("padded") + 1e-3
+        assert error("packed") <= allowed
+        assert error("shared") <= allowed

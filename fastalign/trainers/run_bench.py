@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import json
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     TrainerCallback,
     set_seed,
@@ -26,7 +28,7 @@ from transformers import (
 from fastalign.ops.workspace import free_workspace
 from fastalign.trainers.config import TrainerConfig
 from fastalign.trainers.loading import load_tokenizer
-from fastalign.trainers.run_plan import RunPlan, run_plan
+from fastalign.trainers.run_plan import RunPlan, made_examples, replace_fields, run_plan
 
 _MARK = "FASTALIGN_STEP_BENCH "
 
@@ -114,12 +116,16 @@ def _measured(plan: RunPlan, args: TrainerConfig, trainer_class: Any) -> StepMea
     data = Dataset.from_list(rows)
     tokenizer = _tokenizer(args)
     on_gpu = args.device.type == "cuda"
-    _warm_up(args.device)
-    gc.collect()
+    _warm_up(plan, args, trainer_class, tokenizer)
+    _give_back()
     clock = _Clock(on_gpu)
     process = _status("VmRSS")
     trainer = trainer_class(
-        model=_random_model(plan), args=args, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
+        model=_random_model(plan, plan.config),
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[clock],
     )
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") - process
@@ -141,10 +147,10 @@ def _tokenizer(args: TrainerConfig) -> Any:
         )
 
 
-def _random_model(plan: RunPlan) -> nn.Module:
-    """The run's model with random weights, before any adapter."""
+def _random_model(plan: RunPlan, config: PretrainedConfig) -> nn.Module:
+    """A model of this config with random weights, as the run loads it, before any adapter."""
     settings, auto = plan.model, AutoModelForCausalLM
-    config = plan.config
+    config = copy.deepcopy(config)
     if settings.scalar:
         auto, config.num_labels, config.problem_type = AutoModelForSequenceClassification, 1, "regression"
     given = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
@@ -152,14 +158,30 @@ def _random_model(plan: RunPlan) -> nn.Module:
     return model
 
 
-def _warm_up(device: torch.device) -> None:
-    """Use what every step uses, so that libraries' code, threads and buffers are there before memory is counted."""
-    layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True, device=device)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    for _ in range(2):
-        layer(torch.randn(2, 64, 64, device=device)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+_TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+    "num_hidden_layers": 1, "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def _warm_up(plan: RunPlan, args: TrainerConfig, trainer_class: Any, tokenizer: Any) -> None:
+    """The run itself on a model of its class that is as small as can be: afterwards code, threads, libraries' buffers
+    and the interpreter's objects are there, which no plan counts.
+    """
+    config = copy.deepcopy(plan.config)
+    for name, value in _TINY.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with tempfile.TemporaryDirectory() as folder:
+        small = replace_fields(args, output_dir=folder, max_steps=1, per_device_train_batch_size=1)
+        if hasattr(small, "cache_dir"):
+            small.cache_dir = f"{folder}/cache"
+        data, _ = made_examples(small, 16, small.gradient_accumulation_steps)
+        trainer_class(
+            model=_random_model(plan, config), args=small, train_dataset=data, processing_class=tokenizer
+        ).train()  # fmt: skip
 
 
 def _status(name: str) -> int:
@@ -187,13 +209,17 @@ class _Clock(TrainerCallback):
 
     def _restart(self) -> None:
         """Forget what preparing the run took: reference log-probs, above all."""
-        gc.collect()
-        free_workspace()
+        _give_back()
         if self._on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            return
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _give_back() -> None:
+    """Free what nobody uses, and give it back to the system."""
+    gc.collect()
+    free_workspace()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -79,8 +79,9 @@ class TokenBatches(Sampler[list[int]]):
 
     Sequential batches (shuffle=False) are consecutive examples, in order, as many as fit.
 
-    Every process has the same number of batches: large ones are halved until it comes out even (drop_last: what is left
-    over is dropped). Where nothing is left to halve, the first batches are used twice.
+    Every process has the same number of batches: the smallest ones are dealt out again, or large ones halved, until it
+    comes out even (drop_last: what is left over is dropped). Where nothing is left to halve, the first batches are used
+    twice.
 
     Raises ValueError: an example that is larger than the budget, naming it.
     """
@@ -101,6 +102,8 @@ class TokenBatches(Sampler[list[int]]):
         self._classes: np.ndarray | None = None
         if shuffle:
             self._classes, batches = _by_size(tokens, sizes, budget, layout)
+            if not drop_last:
+                batches = _dealt(batches, num_processes, tokens, sizes, budget, layout)
         else:
             batches = _consecutive(tokens, sizes, budget, layout)
         batches = _evened(batches, num_processes, drop_last)
@@ -133,15 +136,42 @@ class TokenBatches(Sampler[list[int]]):
         return [np.sort(taken[batch]) for group in order for batch in groups[group]]
 
 
+def _dealt(
+    batches: list[np.ndarray], processes: int, tokens: ExampleTokens, sizes: np.ndarray, budget: int, layout: str
+) -> list[np.ndarray]:
+    """The smallest batches, those that do not make a round of the processes, as one batch for each: if they fit."""
+    left = len(batches) % processes
+    if not left:
+        return batches
+    batches = sorted(batches, key=lambda batch: -int(sizes[batch].sum()))
+    pool = np.concatenate(batches[-left:])
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    loads = np.zeros(processes)
+    for example in pool[np.argsort(-sizes[pool], kind="stable")].tolist():
+        lightest = int(loads.argmin())
+        hands[lightest].append(example)
+        loads[lightest] += sizes[example]
+    width, rows = _shape(tokens, sizes, budget, layout)
+    if all(hand and width[hand].max() * rows[hand].sum() <= budget for hand in hands):
+        return batches[:-left] + [np.array(hand) for hand in hands]
+    return batches
+
+
+def _shape(tokens: ExampleTokens, sizes: np.ndarray, budget: int, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """(width, rows) of each example, rounded up to its class: (largest width) · (sum of rows) is what a batch costs."""
+    if layout == "padded":
+        return np.minimum(_rounded_up(tokens.longest), budget // tokens.sequences), tokens.sequences  # alone it fits
+    return np.ones(len(sizes), np.int64), np.minimum(_rounded_up(sizes), budget)
+
+
 def _by_size(tokens: ExampleTokens, sizes: np.ndarray, budget: int, layout: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """The class of each example, and the batches of the plan, in which members of a class may change places."""
+    width, rows = _shape(tokens, sizes, budget, layout)
     if layout == "padded":
-        width = np.minimum(_rounded_up(tokens.longest), budget // tokens.sequences)  # alone it fits
-        classes = width * (int(tokens.sequences.max()) + 1) + tokens.sequences
+        classes = width * (int(rows.max()) + 1) + rows
         order = np.argsort(-classes, kind="stable")
-        return classes, [order[batch] for batch in _filled(width[order], tokens.sequences[order], budget)]
-    rounded = np.minimum(_rounded_up(sizes), budget)
-    return rounded, [np.array(batch) for batch in best_fit_decreasing(rounded, budget)]
+        return classes, [order[batch] for batch in _filled(width[order], rows[order], budget)]
+    return rows, [np.array(batch) for batch in best_fit_decreasing(rows, budget)]
 
 
 def _rounded_up(sizes: np.ndarray) -> np.ndarray:

@@ -102,7 +102,8 @@ def test_processes_have_equal_work():
     sizes = tokens.computed("shared")
     work = np.array([[sizes[batch].sum() for batch in sampler] for sampler in samplers])
     shares = np.sort(work.min(0) / work.max(0))
-    assert shares[1] > 0.95  # in one step a batch may have been halved, so that the number comes out even
+    assert shares[0] > 0.8  # of what is left over, dealt out
+    assert shares[1] > 0.95
 
 
 def test_drop_last_leaves_out_what_is_left_over():
@@ -216,8 +217,8 @@ def test_the_loss_is_a_mean_over_the_step(kit):
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
 def test_resumed_training_is_the_same_to_the_bit(kit, kind):
     settings = {
-        "max_tokens_per_batch": 150 if kind == "dpo" else 40, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3,
-        "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
+        "max_tokens_per_batch": 150 if kind == "dpo" else 40, "num_train_epochs": 2, "save_strategy": "steps",
+        "save_steps": 3, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01,
     }  # fmt: skip
     whole = RUNS[kind](kit, **settings)
     whole.train()

@@ -6,10 +6,10 @@ them; else the heap's free end; else they are mapped on their own and given back
 which rises to the largest mapped chunk that was freed, up to 32 MiB; else the heap grows. Free neighbours are joined,
 and a free end of more than twice the threshold is given back.
 
-PyTorch asks for addresses that are multiples of 64 and malloc has multiples of 16, so it is asked for 96 bytes more, and
-in three of four cases what lies before the aligned address goes back as a chunk of its own, for small objects: Python's
-and autograd's, which live about as long as the pass they are made in. That is why a hole does not take the very tensor
-that left it. Here each such fragment is taken until the pass is over.
+PyTorch asks for addresses that are multiples of 64 and malloc has multiples of 16, so it searches for 96 bytes more,
+and in three of four cases what lies before the aligned address goes back as a chunk of its own, for small objects:
+those of Python and autograd, which live about as long as the pass they are made in. That is why a hole does not take
+the very tensor that left it. Here each such fragment is taken until the pass is over.
 """
 
 from __future__ import annotations

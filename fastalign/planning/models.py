@@ -62,7 +62,7 @@ def meta_model(config: PretrainedConfig, settings: ModelSettings) -> nn.Module:
         if settings.adapter is not None:
             model = get_peft_model(model, settings.adapter)
     if settings.freeze_backbone:
-        for parameter in model.base_model.parameters():
+        for parameter in base_causal_lm(model).base_model.parameters():
             parameter.requires_grad_(False)
     if settings.adapter is not None or not settings.pure_16bit:
         upcast_trainable(model)
@@ -111,9 +111,9 @@ def prepare(model: nn.Module, settings: ModelSettings) -> nn.Module:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(dict(settings.checkpointing_kwargs or {}) or None)
         if settings.adapter is not None and (settings.checkpointing_kwargs or {}).get("use_reentrant"):
-            model.enable_input_require_grads()  # type: ignore[operator]
+            base.enable_input_require_grads()
     if settings.scalar:
-        base.forward = MethodType(_backbone_only, base)  # type: ignore[method-assign]
+        base.forward = MethodType(_backbone_only, base)
     else:
         fuse_head(model, verify=False)
     if settings.layout != "padded":

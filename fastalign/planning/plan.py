@@ -21,9 +21,11 @@ PARTS = {
     "batch": "token ids and what goes with them",
     "reference": "a reference model that stays in memory",
     "processes": "buckets in which gradients are exchanged between processes",
+    "libraries": "kernels that oneDNN compiles for products in 16 bits",
     "allocator": "memory that malloc holds and cannot reuse",
 }
 _OF_PHASE = {"forward": "activations", "backward": "activations", "": "activations"}
+_ONEDNN_BYTES = 40 * 2**20  # measured, on AVX-512: a cache of kernels by shape, whatever the size of the model
 _STEPS = 4  # the heap's holes have grown to what they will be
 
 
@@ -66,8 +68,9 @@ class StepPlan:
         return asdict(self) | {"peak_bytes": self.peak_bytes, "total_flops": self.total_flops}
 
 
-def parts_of(record: StepRecord, device_type: str, **beside: int) -> dict[str, int]:
-    """Bytes by part at the peak of a run. beside: parts that are in memory all the time and not on record.
+def parts_of(record: StepRecord, device_type: str, *, narrow: bool = False, **beside: int) -> dict[str, int]:
+    """Bytes by part at the peak of a run. beside: parts that are in memory all the time and not on record. narrow:
+    products are in 16 bits.
 
     On the CPU "allocator" is what the process has beyond its tensors at the heap's own peak. On CUDA the parts are what
     torch.cuda.max_memory_allocated counts; what its caching allocator holds beyond that is not predicted.
@@ -81,6 +84,7 @@ def parts_of(record: StepRecord, device_type: str, **beside: int) -> dict[str, i
         heap = Heap()
         heap.replay(record.events(_STEPS))
         parts["allocator"] = max(heap.peak - peak, 0)
+        parts["libraries"] = _ONEDNN_BYTES if narrow else 0
     return {name: size for name, size in parts.items() if size}
 
 

@@ -53,7 +53,7 @@ def auto_micro_batch_tokens(plan_of: Callable[[int], StepPlan], budget: int, *, 
     if smallest.peak_bytes > budget:
         part = max(smallest.parts, key=lambda name: smallest.parts[name])
         raise ValueError(
-            f"a pass of one example ({smallest.pass_tokens} tokens) takes {smallest.peak_bytes / 2**30:.2f} GiB and the "
+            f"a pass of {smallest.pass_tokens} tokens takes {smallest.peak_bytes / 2**30:.2f} GiB and the "
             f"budget is {budget / 2**30:.2f} GiB; {part} take {smallest.parts[part] / 2**30:.2f}: gradient "
             "checkpointing, LoRA, bf16 or a smaller max_length need less"
         )

@@ -134,6 +134,13 @@ class RunPlan:
             return 0
         return DEFAULT_MICRO_BATCH_TOKENS[self.device_type] if given is None else given
 
+    @property
+    def _narrow(self) -> bool:
+        """Whether products are in 16 bits."""
+        return self.autocast is not None or (
+            self.model.dtype != torch.float32 and (self.model.pure_16bit or self.model.adapter is not None)
+        )
+
     @cached_property
     def sizes(self) -> np.ndarray:
         """(n,) computed tokens of each example."""
@@ -185,7 +192,7 @@ class RunPlan:
             layout=layout,
             checkpointing=self.model.checkpointing,
             micro_batch_tokens=limit,
-            parts=parts_of(record, self.device_type, **{name: size for name, size in beside.items() if size}),
+            parts=parts_of(record, self.device_type, narrow=self._narrow, **beside),
             flops=scaled_flops(record, tokens["computed"]),
             tokens=tokens,
             passes=len(passes),

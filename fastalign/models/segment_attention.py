@@ -172,12 +172,18 @@ class _Band:
             allowed = allowed.triu_(diagonal + 1 - window)
         zeros = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
         self.mask = zeros.masked_fill_(~allowed, lowest)
+        self._views: dict[tuple[int, int, int], Tensor] = {}
 
     def view(self, diagonal: int, rows: int, columns: int) -> Tensor:
         """(1, 1, rows, columns) whose row i ends at column i + diagonal."""
-        first = self.diagonal - diagonal
-        part = self.mask[:rows, first : first + columns][None, None]
-        return part if part.device.type == "cpu" else part.contiguous()  # GPU kernels want rows that are aligned
+        key = diagonal, rows, columns
+        if key not in self._views:
+            first = self.diagonal - diagonal
+            part = self.mask[:rows, first : first + columns][None, None]
+            if part.device.type != "cpu":
+                return part.contiguous()  # GPU kernels want rows that are aligned
+            self._views[key] = part
+        return self._views[key]
 
 
 def _band(plan: list[tuple[int, list[_Call]]], window: int | None, former: str, like: Tensor) -> _Band | None:

@@ -172,6 +172,19 @@ def test_a_routers_loss_counts_every_token(kit):
         run_layout(model, batch, plan_layout(batch, "packed"), head_fn, output_router_logits=True)
 
 
+def test_a_batch_without_a_scored_row(kit):
+    """Of a data set to learn from, one piece may hold no trained token: its gradients are zeros, and finite."""
+    batch = CompletionCollator(0)([{"input_ids": [4, 5, 6], "completion_mask": [False] * 3}] * 2)
+    model = kit.make("llama")
+    for mode in TOKEN_LAYOUTS:
+        model.zero_grad()
+        hidden = run_layout(model, batch, plan_layout(batch, mode), lambda hidden, head: hidden)
+        assert hidden.shape == (0, 32)
+        hidden.sum().backward()
+        grads = [p.grad for p in model.base_model.parameters()]
+        assert all(grad is not None and not grad.any() for grad in grads)
+
+
 def test_a_model_that_is_not_prepared_is_refused(kit):
     kind, config, extra = kit.MODELS["llama"]
     model = fuse_head(kind(config(**(kit.SIZES | extra))))

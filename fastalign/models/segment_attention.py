@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastalign.models import cpu_attention
+from fastalign.models.cpu_attention import attend_to_prefix
 from fastalign.models.segments import Segments
 
 Implementation = Callable[..., tuple[Tensor, Tensor | None]]
@@ -98,8 +100,8 @@ def _one_by_one(
 ) -> Tensor:  # fmt: skip
     """Split and concatenated once: slicing would cost a whole gradient a segment in the backward.
 
-    Copying a prefix's keys for each segment that continues it is as fast, to a few percent, as two calls whose outputs
-    are merged by their log-sum-exps, and faster than one call over a whole group under a dense mask.
+    A prefix's keys are put before those of each segment that continues it. Two calls merged by their log-sum-exps save
+    these copies and the mask, but were not faster; one call over a whole group under a dense mask was slower.
     """
     window = kwargs["sliding_window"]
     blocks = list(zip(*(tensor[None].split(segments.block_sizes, dim=1) for tensor in flat), strict=True))
@@ -109,29 +111,37 @@ def _one_by_one(
         ("mask", window, former, flat[0].dtype, flat[0].device), lambda: _band(plan, window, former, flat[0])
     )
     attend: Implementation = _sdpa if former == "sdpa" and _plain(flat[0].device, kwargs) else implementation
+    frugal = attend is _sdpa and not kwargs.get("dropout") and cpu_attention.takes(*flat)
     parts, steps = [], iter(plan)
-    for inside, (q, k, v) in zip(segments.is_segment, blocks, strict=True):  # (1, L, heads, D) each
+    for inside, (q, *own) in zip(segments.is_segment, blocks, strict=True):  # (1, L, heads, D) each
         if not inside:
-            parts.append(v.new_zeros(1, q.shape[1], q.shape[2], v.shape[3]))
+            parts.append(q.new_zeros(1, q.shape[1], q.shape[2], own[1].shape[3]))
             continue
-        prefix, calls = next(steps)
-        if prefix >= 0:
-            k, v = (torch.cat([theirs, own], dim=1) for theirs, own in zip(of_segment[prefix][1:], (k, v), strict=True))
+        number, calls = next(steps)
+        prefix = of_segment[number][1:] if number >= 0 else None
+        if prefix is not None and not frugal:
+            own = [torch.cat(pair, dim=1) for pair in zip(prefix, own, strict=True)]
+            prefix = None
+        before = 0 if prefix is None else prefix[0].shape[1]
+        behind = own[0].shape[1] + before - q.shape[1]  # keys before the segment's own
         for call in calls:
-            inputs, mask = _inputs(call, q, k, v), None
+            rows, stop = _cut(q, call.start, call.stop), behind + call.stop
+            mask = None
             if call.diagonal is not None and band is not None:
-                mask = band.view(call.diagonal, inputs[0].shape[1], inputs[1].shape[1])
-            parts.append(attend(module, *(tensor.transpose(1, 2) for tensor in inputs), mask, **kwargs)[0])
+                mask = band.view(call.diagonal, rows.shape[1], stop - call.first)
+            k, v = (_cut(tensor, max(call.first - before, 0), stop - before) for tensor in own)
+            if prefix is not None and call.first < before:
+                prefix_k, prefix_v = (_cut(tensor, call.first, before) for tensor in prefix)
+                parts.append(attend_to_prefix(rows, (prefix_k, prefix_v), (k, v), mask, kwargs.get("scaling")))
+            else:
+                inputs = (tensor.transpose(1, 2) for tensor in (rows, k, v))
+                parts.append(attend(module, *inputs, mask, **kwargs)[0])
     return torch.cat(parts, dim=1)[0].unflatten(0, segments.shape)
 
 
-def _inputs(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What of a segment's queries and of the keys and values that it sees goes into a call."""
-    length, before = q.shape[1], k.shape[1] - q.shape[1]
-    if call.start == 0 and call.stop == length and call.first == 0:
-        return q, k, v
-    keys = slice(call.first, before + call.stop)
-    return q[:, call.start : call.stop], k[:, keys], v[:, keys]
+def _cut(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """tensor[:, start:stop], which in the backward costs a gradient of the whole: not where it is the whole."""
+    return tensor if start == 0 and stop == tensor.shape[1] else tensor[:, start:stop]
 
 
 def _plan(segments: Segments, window: int | None, former: str) -> list[tuple[int, list[_Call]]]:

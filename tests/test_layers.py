@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"types", "ops", "data", "models"},
     "integrations": {"types", "ops", "losses", "linear", "models"},
     "rollouts": {"types", "models", "reference"},  # reference: one way to score sequences
-    "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference", "rollouts"},
+    "planning": {"types", "ops", "models"},
+    "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference", "rollouts", "planning"},
 }
 MAY_IMPORT["demo"] = {*MAY_IMPORT} - {"kernels"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT} - {"kernels"}

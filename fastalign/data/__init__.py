@@ -9,6 +9,7 @@ from fastalign.data.judgements import LABEL_TYPES
 from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.list_collator import ListCollator
 from fastalign.data.preferences import ON_BAD_ROW, PreferenceData, prepare_preferences
+from fastalign.data.prefixes import prefix_lengths
 from fastalign.data.preparation import PreparedData
 from fastalign.data.prompts import PromptColumns, PromptData, prepare_prompts
 from fastalign.data.report import BadRow, BadRowsError, DataReport, Reason
@@ -39,6 +40,7 @@ __all__ = [
     "lists_to_pairs",
     "load_rows",
     "pairs_to_lists",
+    "prefix_lengths",
     "prepare_completions",
     "prepare_labelled",
     "prepare_lists",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.data.prefixes import prefix_lengths
 from fastalign.types import IGNORE_INDEX
 
 _SIDES = ("chosen", "rejected")
@@ -27,6 +28,7 @@ class PreferenceCollator:
         rows                        (n,) numpy int64, ascending: flat indices b·T + t of the n targets that count
         cu_seqlens                  (2P + 1,) numpy int32: sequence b has rows[cu_seqlens[b]:cu_seqlens[b + 1]]
         groups, lengths             (2P,) numpy int64: the pair of each sequence, and its tokens without padding
+        prefix_lengths              (P,) numpy int64: the tokens that both sequences of a pair begin with
         ref_per_token_logps         (n,) float32 in the order of rows        } only if given
         ref_logps                   (2P,) float32, their sums per sequence   }
 
@@ -62,14 +64,16 @@ class PreferenceCollator:
         targets = np.full_like(input_ids, IGNORE_INDEX)
         targets[counts] = np.concatenate(completions)
         cu_seqlens = np.concatenate([[0], np.cumsum(completion_lengths)]).astype(np.int32)
+        groups = np.tile(np.arange(len(examples)), 2)
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
             "targets": torch.from_numpy(targets),
             "rows": np.flatnonzero(counts),
             "cu_seqlens": cu_seqlens,
-            "groups": np.tile(np.arange(len(examples)), 2),
+            "groups": groups,
             "lengths": lengths[:, 0],
+            "prefix_lengths": prefix_lengths(input_ids, lengths[:, 0], groups),
         }
         return batch | _reference(examples, completion_lengths, cu_seqlens)
 

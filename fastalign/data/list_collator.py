@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastalign.data.collator import CompletionCollator
+from fastalign.data.prefixes import prefix_lengths
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ListCollator:
         input_ids, attention_mask, targets      (S, T) int64; targets aligned with the hidden states
         rows, cu_seqlens, lengths               numpy, as `CompletionCollator` has them; rows are those of responses
         groups                                  (S,) numpy int64: the list of each sequence
+        prefix_lengths                          (L,) numpy int64: the tokens that all sequences of a list begin with
         ranks                                   (S,) float32
         rewards                                 (S,) float32, the scores                  }
         ref_per_token_logps                     (n,) float32 in the order of rows         } only if given
@@ -45,6 +47,7 @@ class ListCollator:
         batch = CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)(sequences)
         sizes = [len(example["response_ids"]) for example in examples]
         batch["groups"] = np.repeat(np.arange(len(examples)), sizes)
+        batch["prefix_lengths"] = prefix_lengths(batch["input_ids"].numpy(), batch["lengths"], batch["groups"])
         batch["ranks"] = _per_response(examples, "ranks")
         if _given(examples, "scores"):
             batch["rewards"] = _per_response(examples, "scores")

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.data.prefixes import prefix_lengths
+
 # From the columns that tell a kind of example to the columns of its responses.
 _KINDS = {
     "pairs": ("chosen_ids", "rejected_ids"),
@@ -31,6 +33,7 @@ class RewardCollator:
         rows                        (S,) numpy int64: flat index b·T + t of each sequence's last token
         cu_seqlens                  (S + 1,) numpy int32, 0 … S: each sequence has one row
         groups, lengths             (S,) numpy int64: the example of each sequence, and its tokens without padding
+        prefix_lengths              (P,), (L,) or (S,) numpy int64: tokens that all sequences of an example begin with
         completion_lengths          (S,) float32: tokens after the prompt
         margin (P,), ranks (S,), labels (S,)      float32, where the examples have them
 
@@ -79,6 +82,7 @@ class RewardCollator:
             "cu_seqlens": np.arange(count + 1, dtype=np.int32),
             "groups": np.array(groups),
             "lengths": lengths,
+            "prefix_lengths": prefix_lengths(input_ids, lengths, np.array(groups)),
             "completion_lengths": torch.from_numpy(completion_lengths.astype(np.float32)),
         }
 

@@ -1,6 +1,7 @@
 """Models: batches → hidden states. The only folder that knows transformers' model classes."""
 
 from fastalign.models.causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
+from fastalign.models.layouts import TOKEN_LAYOUTS, TokenLayout, plan_layout, run_layout
 from fastalign.models.loading import disable_dropout, load_causal_lm, upcast_trainable
 from fastalign.models.packing import disable_segments, enable_segments
 from fastalign.models.padding import separate_pad_token
@@ -20,9 +21,11 @@ from fastalign.models.scalar import (
 from fastalign.models.segments import Segments
 
 __all__ = [
+    "TOKEN_LAYOUTS",
     "Head",
     "RewardNormalization",
     "Segments",
+    "TokenLayout",
     "disable_dropout",
     "disable_segments",
     "enable_segments",
@@ -33,7 +36,9 @@ __all__ = [
     "load_causal_lm",
     "load_scalar_adapter",
     "load_scalar_model",
+    "plan_layout",
     "reward_normalization",
+    "run_layout",
     "scalar_head",
     "score_sequences",
     "separate_pad_token",

@@ -52,18 +52,24 @@ class ActorCritic(nn.Module):
         return [p for module in (self.critic, self.value_head) if module is not None for p in module.parameters()]
 
     def forward(
-        self, input_ids: Tensor, *, head_fn: HeadFn | None = None, rows: Tensor | np.ndarray | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        head_fn: HeadFn | None = None,
+        rows: Tensor | np.ndarray | None = None,
+        **tokens: Any,
     ) -> tuple[Any, Tensor | None]:
         """(what `head_fn(hidden, head)` makes of the policy's hidden states, values (n,) float32 at the rows).
 
         input_ids: (B, T), padded on the right. rows: flat indices b·T + t, or None for no values. A value is that of
-        the state before the token at t + 1, so `rows` are those of the targets.
+        the state before the token at t + 1, so `rows` are those of the targets. tokens: what both models are told of
+        the tokens beside (`position_ids`, `segments`, `attention_mask`).
         """
         if self.value_head is None or rows is None:
-            out = None if head_fn is None else self.policy(input_ids=input_ids, head_fn=head_fn)
+            out = None if head_fn is None else self.policy(input_ids=input_ids, head_fn=head_fn, **tokens)
             if rows is None or self.critic is None:
                 return out, None
-            return out, self.critic(input_ids=input_ids, rows=rows)
+            return out, self.critic(input_ids=input_ids, rows=rows, **tokens)
         head_module, values = self.value_head, []
         index = torch.as_tensor(rows, device=input_ids.device)
 
@@ -74,7 +80,7 @@ class ActorCritic(nn.Module):
                 values.append(head_module(picked)[:, 0].float())
             return None if head_fn is None else head_fn(hidden, head)
 
-        return self.policy(input_ids=input_ids, head_fn=both), values[0]
+        return self.policy(input_ids=input_ids, head_fn=both, **tokens), values[0]
 
     # ---- what Trainer asks of a model
 

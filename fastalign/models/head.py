@@ -37,7 +37,7 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's, DistributedDataParallel's and torch.compile's wrappers."""
     if isinstance(model, PreTrainedModel):
         return model
-    while (inner := _inside(model)) is not None:
+    while (inner := inside(model)) is not None:
         model = inner
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
@@ -48,7 +48,8 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _inside(model: nn.Module) -> nn.Module | None:
+def inside(model: nn.Module) -> nn.Module | None:
+    """What DistributedDataParallel or torch.compile wrap; None for anything else."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
     return getattr(model, "_orig_mod", None) if is_compiled_module(model) else None

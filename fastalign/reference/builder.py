@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.models.batches import plan_batches
+from fastalign.reference.batches import PromptNotes, plan_scoring
 from fastalign.reference.errors import DamagedFileError
 from fastalign.reference.index import KeyIndex, first_occurrences
 from fastalign.reference.progress import track
@@ -77,7 +77,9 @@ class _Build:
 
     def __init__(self, store: Store, index: KeyIndex, digest: str, sequences: Sequence[TokenSequence]) -> None:
         self._digest, self._sequences = digest, sequences
-        self.keys, self._lengths, self._completions = sequence_keys(digest, sequences)
+        notes = PromptNotes(sequences)
+        self.keys, self._lengths, self._completions = sequence_keys(digest, notes)
+        self._prompts = notes.prompts
         self.damaged = store.damaged()
         self.scoring_seconds, self.computed, self.tokens = 0.0, 0, 0
         first = first_occurrences(self.keys)
@@ -101,9 +103,13 @@ class _Build:
         return np.array(missing, np.int64)
 
     def run(self, score: Scorer, writer: ShardWriter, options: BuildOptions) -> None:
-        lengths = self._lengths[self.missing]
+        lengths, completions, prompts = (
+            of_all[self.missing] for of_all in (self._lengths, self._completions, self._prompts)
+        )
+        layout = getattr(score, "token_layout", "padded")
+        batches = plan_scoring(lengths, completions, prompts, options.batch_tokens, layout)
         with track(int(lengths.sum()), "reference log-probs", options.progress) as advance:
-            for batch in plan_batches(lengths, options.batch_tokens):
+            for batch in batches:
                 self._run_batch(score, writer, self.missing[batch].tolist())
                 advance(int(lengths[batch].sum()), len(batch))
 

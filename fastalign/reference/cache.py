@@ -105,8 +105,8 @@ class ReferenceCache:
             digits) of whatever `score` computes: a function from a list of sequences to their log-probs.
         sequences: (input_ids, completion_start) each. A sequence type with len() and [i] is read as needed and never
             copied; another iterable is held in memory.
-        batch_tokens: padded tokens of a batch. shard_tokens, shard_seconds: a shard is written when it holds that many
-            log-probs or its first row is that old; a killed build loses no more than that.
+        batch_tokens: computed tokens of a batch. shard_tokens, shard_seconds: a shard is written when it holds that
+            many log-probs or its first row is that old; a killed build loses no more than that.
         Damaged shards are rebuilt: their sound rows are kept, the others computed again if they are asked for.
 
         Raises ValueError for invalid sequences and for log-probs that are not finite or not one per completion token

@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fastalign.models import find_head
+from fastalign.models.attention import PREFIX
 from fastalign.models.head import base_causal_lm
 from fastalign.reference.files import canonical_json, sha256
 from fastalign.reference.weights import base_tensors, float_dtypes, tensors_digest
@@ -90,7 +91,7 @@ def model_identity(model: nn.Module, adapter: str | None) -> dict[str, Any]:
         "weights": tensors_digest(tensors),
         "adapter": None if adapter is None else _adapter_identity(model, adapter),
         "config": forward_config(base.config.to_dict()),
-        "attention": base.config.get_text_config(decoder=True)._attn_implementation,
+        "attention": base.config.get_text_config(decoder=True)._attn_implementation.removeprefix(PREFIX),
         "dtype": float_dtypes(tensors.values()),
         "head": {"logit_scale": head.logit_scale, "softcap": head.softcap},
     }

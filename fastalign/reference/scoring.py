@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -14,16 +15,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fastalign.models import Head, fuse_head, unfuse_head
-from fastalign.models.batches import plan_batches
+from fastalign.models import Head, disable_segments, enable_segments, fuse_head, unfuse_head
+from fastalign.models.attention import uses_segments
 from fastalign.models.causal import is_fused
 from fastalign.models.head import base_causal_lm
 from fastalign.models.inference import inference, refuse_token_adapters
+from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.ops import linear_logps
+from fastalign.reference.batches import PromptNotes, plan_scoring, shared_prefixes
 from fastalign.reference.identity import checked_adapter, unwrap
 from fastalign.reference.progress import track
 from fastalign.reference.sequences import TokenSequence, checked_length
-from fastalign.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 16_384
 
@@ -47,7 +51,7 @@ def score(
     logps[i][t] = log p(input_ids[s + t] | input_ids[: s + t]),   s = completion_start, at the given temperature
 
     model: a transformers causal LM or a PeftModel around one, possibly wrapped (DDP, FSDP, torch.compile), wherever it
-    is. adapter: as in ReferenceModel.from_model. autocast: as there. batch_tokens: padded tokens of one forward.
+    is. adapter: as in ReferenceModel.from_model. autocast: as there. batch_tokens: computed tokens of one forward.
     progress: show a bar with the time left. The model comes back as it was: modes, adapters, requires_grad; no random
     number is drawn.
     """
@@ -58,12 +62,14 @@ def score(
 class ModelScorer:
     """Scores one batch of sequences a call: one forward through the backbone, the head in tiles, no logits.
 
-    Usable inside `with scorer:`, which fuses the head for the time being and undoes it. A sequence's log-probs do not
-    depend on the others in its batch, beyond rounding. Raises ValueError for a model whose head cannot be fused, and
-    for sequences of which that cannot be had.
+    Usable inside `with scorer:`, which prepares the model for the time being and undoes it. A sequence's log-probs do
+    not depend on the others in its batch, nor on the layout, beyond rounding. Sequences of one prompt that follow each
+    other share it where the model takes that; else they are packed end to end, or padded. Raises ValueError for a model
+    whose head cannot be fused, and for sequences of which that cannot be had.
 
     adapter: the adapter to score with, None for none of them. keep_adapters: instead, those that are active: a policy
-    as it stands. entropy, backend: as in `linear_logps`.
+    as it stands. entropy, backend: as in `linear_logps`. token_layout: "shared", "packed" or "padded", if the model
+    takes it, see `fastalign.models.layouts`; inside `with` the attribute says which it is.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class ModelScorer:
         autocast: torch.dtype | None = None,
         entropy: bool = False,
         backend: str = "auto",
+        token_layout: str = "shared",
     ) -> None:
         self.model, self.adapter, self.keep_adapters = model, adapter, keep_adapters
         self._module = _forward_module(model)
@@ -91,16 +98,29 @@ class ModelScorer:
         self._vocabulary = base.get_input_embeddings().weight.shape[0]
         self._device = base.get_input_embeddings().weight.device
         self._length_boundary, self._length_limit = _rope_lengths(base.config.get_text_config(decoder=True).to_dict())
-        self._fused_here = False
+        self._wanted = self.token_layout = token_layout
+        self._fused_here = self._segmented_here = False
 
     def __enter__(self) -> ModelScorer:
         if not is_fused(self._inner):
             with self._state():  # what is verified is what will be scored
                 fuse_head(self._inner)
             self._fused_here = True
+        self.token_layout = self._wanted
+        if self.token_layout != "padded" and not uses_segments(self._inner):
+            try:
+                with self._state():
+                    enable_segments(self._inner)
+                self._segmented_here = True
+            except ValueError as error:
+                logger.info("log-probs are computed of padded batches: %s", error)
+                self.token_layout = "padded"
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._segmented_here:
+            disable_segments(self._inner)
+            self._segmented_here = False
         if self._fused_here:
             unfuse_head(self._inner)
             self._fused_here = False
@@ -112,11 +132,13 @@ class ModelScorer:
     def score_all(
         self, sequences: Sequence[TokenSequence], *, batch_tokens: int = DEFAULT_BATCH_TOKENS, progress: bool = False
     ) -> list[TokenScores]:
-        """Any number of sequences, in batches of at most `batch_tokens` padded tokens, in the order given."""
-        lengths = np.array([len(sequence[0]) for sequence in sequences], np.int64)
+        """Any number of sequences, in batches of at most `batch_tokens` computed tokens, in the order given."""
+        notes = PromptNotes(TokenSequence(*sequence) for sequence in sequences)
+        counts = [(len(ids), len(ids) - start) for ids, start in notes]
+        lengths, completions = np.array(counts, np.int64).reshape(-1, 2).T
         results: dict[int, TokenScores] = {}
         with self, track(int(lengths.sum()), "log-probs", progress) as advance:
-            for batch in plan_batches(lengths, batch_tokens):
+            for batch in plan_scoring(lengths, completions, notes.prompts, batch_tokens, self.token_layout):
                 results |= zip(
                     batch.tolist(), self.score_batch([TokenSequence(*sequences[int(i)]) for i in batch]), strict=True
                 )
@@ -135,18 +157,19 @@ class ModelScorer:
         return [results[i] for i in range(len(sequences))]
 
     def _score(self, sequences: list[TokenSequence]) -> list[TokenScores]:
-        input_ids, attention_mask, targets, rows = self._collate(sequences)
+        batch, targets = self._collate(sequences)
+        layout = plan_layout(batch, self.token_layout)
+        given = {"attention_mask": batch["attention_mask"]} if layout is None else {}
 
         def head_fn(hidden: Tensor, head: Head) -> Tensor:
             out = linear_logps(
                 hidden, head.weight, targets.to(hidden.device), temperature=self.temperature, entropy=self.entropy,
-                rows=rows, backend=self.backend, **head.options,
+                rows=torch.arange(len(targets)), backend=self.backend, **head.options,
             )  # fmt: skip
-            found = [values.flatten()[rows] for values in (out.logps, out.entropy) if values is not None]
-            return torch.stack(found)
+            return torch.stack([values for values in (out.logps, out.entropy) if values is not None])
 
         with self._state():
-            scores = self._module(input_ids=input_ids, attention_mask=attention_mask, head_fn=head_fn)
+            scores = run_layout(self._module, batch, layout, head_fn, **given)
         counts = np.array([len(sequence.input_ids) - sequence.completion_start for sequence in sequences])
         parts = np.split(scores.float().cpu().numpy(), counts.cumsum()[:-1], axis=1)
         return [TokenScores(part[0], part[1] if self.entropy else None) for part in parts]
@@ -159,8 +182,8 @@ class ModelScorer:
                 stack.enter_context(adapter_state(self._inner, self.adapter))
             yield
 
-    def _collate(self, sequences: list[TokenSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """input_ids, attention_mask, targets (B, T), right padded; rows (n,): the flat positions that are scored."""
+    def _collate(self, sequences: list[TokenSequence]) -> tuple[dict[str, Any], Tensor]:
+        """A padded batch as collators make them, on the model's device; targets (n,) int64 at its rows, on the host."""
         width = max(len(sequence.input_ids) for sequence in sequences)
         if self._length_limit is not None and width > self._length_limit:
             raise ValueError(
@@ -169,20 +192,25 @@ class ModelScorer:
             )
         ids = np.zeros((len(sequences), width), np.int64)
         mask = np.zeros((len(sequences), width), np.int64)
-        targets = np.full((len(sequences), width), IGNORE_INDEX, np.int64)
+        scored = np.zeros((len(sequences), width), bool)
         for row, (tokens, start) in enumerate(sequences):
             length = checked_length(row, tokens, start)
             ids[row, :length] = np.asarray(tokens)
             mask[row, :length] = 1
-            targets[row, start - 1 : length - 1] = ids[row, start:length]
+            scored[row, start - 1 : length - 1] = True
         if not 0 <= ids.min() <= ids.max() < self._vocabulary:  # on a GPU this would be an assertion in a kernel
             worst = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(
                 f"token id {worst} is outside the model's vocabulary of {self._vocabulary}: another model's tokenizer?"
             )
-        rows = torch.from_numpy(np.flatnonzero(targets != IGNORE_INDEX))
+        lengths, rows = mask.sum(axis=1), np.flatnonzero(scored)
+        groups, prefixes = shared_prefixes(ids, lengths, [start for _, start in sequences])
         input_ids, attention_mask = (torch.from_numpy(array).to(self._device) for array in (ids, mask))
-        return input_ids, attention_mask, torch.from_numpy(targets), rows
+        batch = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "rows": rows, "lengths": lengths,
+            "groups": groups, "prefix_lengths": prefixes,
+        }  # fmt: skip
+        return batch, torch.from_numpy(ids.ravel()[rows + 1])
 
 
 def _forward_module(model: nn.Module) -> nn.Module:

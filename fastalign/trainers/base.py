@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -17,12 +18,16 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastalign.models.causal import HeadFn
 from fastalign.models.checkpoints import load_renamed_weights
-from fastalign.trainers.batches import Batch, num_examples, sequence_lengths, split_batch
+from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
+from fastalign.trainers.batches import Batch, num_examples, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
+from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
+from fastalign.trainers.token_batches import token_dataloader
 from fastalign.types import LossOutput, Metric
 
 STATE_FILE = "fastalign_state.json"
@@ -59,7 +64,8 @@ class FusedTrainer(Trainer):
             raise ValueError(f"tensor, context and sequence parallelism are not supported yet, got {shards} shards")
         self.micro_batch_tokens = by_device(self.args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, self.args)
         self._train_meter, self._eval_meter = Meter(), Meter()
-        self._tokens = 0  # of this process, since the last log
+        self.token_layout = "padded"  # until `_set_layout`
+        self._tokens = TokenCounter()  # of this process, since the last log
         self._total_tokens = 0.0  # of all processes, since training began
         self._clock: float | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -69,6 +75,24 @@ class FusedTrainer(Trainer):
     def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """Loss of a batch, its sum over items divided by num_items (None: by its own items), and its metrics."""
         raise NotImplementedError
+
+    def run_model(self, model: nn.Module, batch: Batch, head_fn: HeadFn | None = None, **model_kwargs: Any) -> Any:
+        """One forward of a fused model in the run's layout; head_fn gets hidden (n, H) of the batch's rows."""
+        layout = self._planned(batch, every_token=bool(model_kwargs.get("output_router_logits")))
+        return run_layout(model, batch, layout, head_fn, **model_kwargs)
+
+    def _planned(self, batch: Batch, *, every_token: bool = False, seen: int | None = None) -> TokenLayout | None:
+        """The layout of a batch, whose tokens are counted if they are trained on; seen: as in `TokenCounter.add`."""
+        layout = plan_layout(batch, self.token_layout, every_token=every_token)
+        if torch.is_grad_enabled():
+            useful, padded = int(np.sum(batch["lengths"])), batch["input_ids"].numel()
+            computed, padding = (padded, padded - useful) if layout is None else (layout.computed, 0)
+            self._tokens.add(useful, computed, padding, seen=seen)
+        return layout
+
+    def _set_layout(self, *models: nn.Module, **given: Any) -> None:
+        """Settle how tokens go through the fused models; see `choose_layout`."""
+        self.token_layout = choose_layout(models, self.args, **given)
 
     def num_items(self, batch: Batch) -> int:
         """What the loss of a batch is a mean over; by default its examples."""
@@ -91,13 +115,10 @@ class FusedTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor(float(items), device=device), "sum")
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        """Forward and backward of a device batch, in pieces of at most `micro_batch_tokens` padded tokens."""
+        """Forward and backward of a device batch, in pieces of at most `micro_batch_tokens` computed tokens."""
         if self._clock is None:
             self._clock = time.perf_counter()
-        self._tokens += int(sequence_lengths(inputs).sum())
-        pieces = split_batch(
-            inputs, self.micro_batch_tokens, multiple_of=getattr(self.args, "pad_to_multiple_of", None)
-        )
+        pieces = self._pieces(inputs)
         total: Tensor | None = None
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
@@ -106,6 +127,21 @@ class FusedTrainer(Trainer):
             total = loss if total is None else total + loss
         assert total is not None
         return total
+
+    def _pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
+        return split_batch(
+            batch, self.micro_batch_tokens, layout=self.token_layout, examples=examples,
+            multiple_of=self.args.pad_to_multiple_of,
+        )  # fmt: skip
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, or one of batches of at most `max_tokens_per_batch` computed tokens."""
+        if self.args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        if self.train_dataset is None:
+            raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
+        data = self._remove_unused_columns(self.train_dataset, description="training")
+        return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
 
     def compute_loss(
         self,
@@ -147,8 +183,7 @@ class FusedTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         own = self._own_examples(num_examples(inputs))
         # a process without examples of its own takes part with weight zero, so that all report the same metrics
-        pieces = split_batch(inputs, self.micro_batch_tokens, examples=max(own, 1))
-        for piece in pieces:
+        for piece in self._pieces(inputs, max(own, 1)):
             with torch.no_grad(), self.compute_loss_context_manager():
                 output = self.batch_loss(model, piece, None)
             items = torch.full_like(output.loss, self.num_items(piece))
@@ -194,22 +229,21 @@ class FusedTrainer(Trainer):
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
 
-    def _new_tokens(self) -> float:
-        """Tokens of all processes since this was last asked."""
-        tokens = torch.tensor([float(self._tokens)], device=self.args.device)
-        self._tokens = 0
-        return float(self._sum_over_processes(tokens))
+    def _new_tokens(self) -> list[float]:
+        """The counts of all processes since this was last asked; see `TokenCounter`."""
+        wide = torch.float32 if self.args.device.type == "mps" else torch.float64
+        counts = torch.tensor(self._tokens.take(), dtype=wide, device=self.args.device)
+        found: list[float] = self._sum_over_processes(counts).tolist()
+        self._total_tokens += found[0]
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._train_meter:
             values, _ = self._train_meter.values(self._sum_over_processes)
             self._train_meter.clear()
-            new_tokens = self._new_tokens()
-            self._total_tokens += new_tokens
-            logs |= values
+            seconds = None if self._clock is None else time.perf_counter() - self._clock
+            logs |= values | throughput(self._new_tokens(), seconds)
             logs["num_tokens"] = self._total_tokens
-            if self._clock is not None:
-                logs["tokens_per_second"] = new_tokens / (time.perf_counter() - self._clock)
             self._clock = None
         super().log(logs, start_time)
 
@@ -223,7 +257,7 @@ class FusedTrainer(Trainer):
         self._total_tokens = state["num_tokens"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._total_tokens += self._new_tokens()
+        self._new_tokens()  # counted, so that they are in the checkpoint
         super()._save_checkpoint(model, trial)
         self._clock = None
         if self.args.should_save:

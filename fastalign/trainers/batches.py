@@ -2,8 +2,8 @@
 
 A loss that is a sum over examples may take a batch through the model in pieces whose gradients add up to that of the
 whole. Pieces of examples of like length need less padding, and only one piece's activations are alive at a time.
-Everything here is planned on the host from `groups`, `lengths`, `rows` and `cu_seqlens`, without a device
-synchronisation.
+Everything here is planned on the host from `groups`, `lengths`, `prefix_lengths`, `rows` and `cu_seqlens`, without a
+device synchronisation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastalign.data.packing import best_fit_decreasing
 
 Batch = dict[str, Any]
 
@@ -33,14 +35,50 @@ def sequence_lengths(batch: Batch) -> np.ndarray:
     return np.asarray(batch["lengths"])
 
 
-def split_batch(
-    batch: Batch, max_tokens: int, *, examples: int | None = None, multiple_of: int | None = None
-) -> list[Batch]:
-    """The batch in pieces of whole examples with at most `max_tokens` padded tokens each (one example may have more).
+def prefix_lengths(batch: Batch) -> np.ndarray:
+    """(examples,) int64, on the host: tokens that all sequences of an example begin with; 0 where that is unknown."""
+    if "prefix_lengths" in batch:
+        return np.asarray(batch["prefix_lengths"])
+    return np.zeros(num_examples(batch), dtype=np.int64)
 
-    max_tokens: 0 makes one piece. examples: keep only the first so many. multiple_of: pieces' lengths are rounded up
-    to a multiple of it. Pieces come longest first, so that a lack of memory shows at once; within a piece sequences
-    keep their order.
+
+def example_tokens(batch: Batch, layout: str = "packed") -> np.ndarray:
+    """(examples,) int64: the tokens that each example's sequences have in the layout "packed" or "shared"."""
+    groups = sequence_groups(batch)
+    total = num_examples(batch)
+    tokens = np.bincount(groups, weights=sequence_lengths(batch), minlength=total).astype(np.int64)
+    if layout == "shared":
+        tokens -= (np.bincount(groups, minlength=total) - 1) * prefix_lengths(batch)
+    return tokens
+
+
+def computed_tokens(batch: Batch, layout: str) -> int:
+    """Tokens that go through the model when the batch does, padding included."""
+    return batch["input_ids"].numel() if layout == "padded" else int(example_tokens(batch, layout).sum())
+
+
+def grouped_by_prompt(batch: Batch) -> Batch:
+    """A batch whose examples are the sequences of a prompt each, instead of single ones: those that may share it.
+
+    batch: with `prompts` (S,), the number of each sequence's prompt, ascending; what is scored is all behind it.
+    """
+    _, groups = np.unique(np.asarray(batch["prompts"]), return_inverse=True)
+    prompts = sequence_lengths(batch) - np.diff(batch["cu_seqlens"])
+    prefixes = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(prefixes, groups, prompts)
+    return batch | {"groups": groups, "prefix_lengths": np.where(np.bincount(groups) > 1, prefixes, 0)}
+
+
+def split_batch(
+    batch: Batch, max_tokens: int, *, layout: str = "padded", examples: int | None = None,
+    multiple_of: int | None = None,
+) -> list[Batch]:  # fmt: skip
+    """The batch in pieces of whole examples with at most `max_tokens` tokens each (one example may have more).
+
+    max_tokens: 0 makes one piece. layout: how the pieces will go through the model: "padded" counts padding, "shared"
+    counts once what an example's sequences have in common. examples: keep only the first so many. multiple_of: padded
+    pieces' lengths are rounded up to a multiple of it. Pieces come longest first (of packed ones, the largest), so that
+    a lack of memory shows at once; within a piece sequences keep their order.
 
     Of the batch's other entries, tensors and arrays as long as it has sequences are cut by sequence, as long as it has
     rows by row, as long as it has examples by example; where these counts are equal the cuts are too.
@@ -52,19 +90,35 @@ def split_batch(
     groups, lengths = sequence_groups(batch), sequence_lengths(batch)
     longest = np.zeros(total, dtype=np.int64)
     np.maximum.at(longest, groups, lengths)
-    sizes = np.bincount(groups, minlength=total)
-    order = np.argsort(-longest[:kept], kind="stable")
-    pieces: list[np.ndarray] = []
-    start = 0
-    while start < kept:
-        width = _rounded(int(longest[order[start]]), multiple_of)
-        tokens = np.cumsum(sizes[order[start:]]) * width
-        room = kept if max_tokens == 0 else max(int(np.searchsorted(tokens, max_tokens, side="right")), 1)
-        pieces.append(np.sort(order[start : start + room]))
-        start += room
+    if max_tokens == 0:
+        pieces = [np.arange(kept)]
+    elif layout == "padded":
+        pieces = _padded_pieces(longest[:kept], np.bincount(groups, minlength=total)[:kept], max_tokens, multiple_of)
+    else:
+        pieces = _packed_pieces(example_tokens(batch, layout)[:kept], max_tokens)
     if len(pieces) == 1 and kept == total:
         return [batch]
     return [_take(batch, piece, _rounded(int(longest[piece].max()), multiple_of)) for piece in pieces]
+
+
+def _padded_pieces(longest: np.ndarray, sizes: np.ndarray, max_tokens: int, multiple: int | None) -> list[np.ndarray]:
+    """Examples of like length, filled up with padding to their longest sequence."""
+    order = np.argsort(-longest, kind="stable")
+    pieces: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        width = _rounded(int(longest[order[start]]), multiple)
+        tokens = np.cumsum(sizes[order[start:]]) * width
+        room = max(int(np.searchsorted(tokens, max_tokens, side="right")), 1)
+        pieces.append(np.sort(order[start : start + room]))
+        start += room
+    return pieces
+
+
+def _packed_pieces(tokens: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """As few pieces as best fit finds."""
+    pieces = [np.array(piece) for piece in best_fit_decreasing(np.minimum(tokens, max_tokens), max_tokens)]
+    return sorted(pieces, key=lambda piece: -int(tokens[piece].sum()))
 
 
 def _rounded(length: int, multiple_of: int | None) -> int:

@@ -18,6 +18,7 @@ from fastalign.ops.schedule import SCHEDULES
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKEN_LAYOUTS = ("auto", "padded", "packed", "shared")
 # pad_to_multiple_of may be given as text, and is a number or None once __post_init__ has seen it
 if TYPE_CHECKING:
     _Multiple = int | None
@@ -133,10 +134,28 @@ class TrainerConfig(TrainingArguments):
     micro_batch_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Padded tokens of one forward and backward pass. A larger device batch is cut between examples, longest "
-            "first, and its gradients added up: the same update with less padding and memory. 0 never cuts. By default "
+            "Tokens that one forward and backward pass computes, padding included. A larger device batch is cut "
+            "between examples, longest first, and its gradients added up: the same update with less padding and "
+            "memory. 0 never cuts. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_MICRO_BATCH_TOKENS.items())
             + "."
+        ),
+    )
+    token_layout: str = field(
+        default="auto",
+        metadata=described(
+            "How tokens go through the model. padded: each sequence in a row of its own; packed: end to end, without "
+            "padding; shared: packed, and what the responses to one prompt have in common is computed once. Loss and "
+            "gradients are the same. auto: shared where the model allows it, else packed, else padded.",
+            choices=TOKEN_LAYOUTS,
+        ),
+    )
+    padding_free: bool = field(default=False, metadata=described("TRL's name for token_layout='packed'."))
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=described(
+            "Computed tokens of a device's training batch, in place of per_device_train_batch_size: batches hold as "
+            "many examples as fit, other ones every epoch, as the seed has it."
         ),
     )
     backend: str = field(
@@ -167,7 +186,6 @@ class TrainerConfig(TrainingArguments):
     )
 
     # ---- TRL's options that are not supported, with the one value each may have
-    padding_free: bool = field(default=False, metadata=described(REFUSED))
     activation_offloading: bool = field(default=False, metadata=described(REFUSED))
     dataset_num_proc: int | None = field(
         default=None, metadata=described(f"{REFUSED} Tokenisation is batched in one process.")
@@ -189,6 +207,7 @@ class TrainerConfig(TrainingArguments):
         super().__post_init__()
         self._refuse_unsupported()
         self._check_values()
+        self._check_layout()
 
     def _resolve_checkpointing(self) -> None:
         """On by default. Newer transformers call it activation_checkpointing and warn of the name that people know."""
@@ -237,6 +256,31 @@ class TrainerConfig(TrainingArguments):
         for name, choices in (("dtype", _DTYPES), ("dataset_format", FORMATS), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
+
+    def _check_layout(self) -> None:
+        if self.token_layout not in TOKEN_LAYOUTS:
+            raise ValueError(f"token_layout={self.token_layout!r}: accepted are {', '.join(TOKEN_LAYOUTS)}")
+        if self.padding_free:
+            if self.token_layout == "padded":
+                raise ValueError("padding_free=True with token_layout='padded': leave out one of the two")
+            if self.token_layout == "auto":
+                self.token_layout = "packed"
+        if self.pad_to_multiple_of is not None and self.token_layout in ("packed", "shared"):
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} with token_layout={self.token_layout!r}, which has no "
+                "padding: leave out one of the two"
+            )
+        if (budget := self.max_tokens_per_batch) is None:
+            return
+        if budget < 1:
+            raise ValueError(f"max_tokens_per_batch={budget}: a positive number of tokens is accepted")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"max_tokens_per_batch with train_sampling_strategy={self.train_sampling_strategy!r}: batches are made "
+                "by length already; accepted are 'random' and 'sequential'"
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size has no effect with max_tokens_per_batch: leave out one of the two")
 
 
 def _multiple(given: int | str | None) -> int | None:

@@ -16,10 +16,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastalign.losses import kto_kl
 from fastalign.models import disable_dropout, fuse_head
 from fastalign.models.inference import evaluating
-from fastalign.ops import sequence_logps
+from fastalign.models.layouts import run_layout
 from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
-from fastalign.trainers.batches import Batch, num_examples, split_batch
+from fastalign.trainers.batches import Batch, num_examples
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
 from fastalign.trainers.dpo_reference import named
@@ -35,7 +35,7 @@ from fastalign.trainers.loading import (
     prepare_checkpointing,
     router_coefficient,
 )
-from fastalign.trainers.log_probs import batch_logps
+from fastalign.trainers.log_probs import batch_logps, sequence_sums
 from fastalign.trainers.reference import list_lengths, sample_indices
 from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.self_check import check_start
@@ -142,6 +142,8 @@ class DPOTrainer(FusedTrainer):
         self._around = Surroundings(shift=RunningShift() if args.has_running_shift else None)
         self.add_callback(_AfterStep(self))
         fuse_head(self.model)
+        self._set_layout(self.model, counts_tokens=bool(self._router_coef))
+        self._reference.use_layout(self.token_layout)
 
     # ---- reference
 
@@ -180,9 +182,7 @@ class DPOTrainer(FusedTrainer):
             self._reference.layout,
             self.args,
             autocast=self.accelerator.autocast(),
-            loss_fn=lambda: self.model(
-                input_ids=batch["input_ids"], head_fn=fused_loss(self.args, parts[0], around, None)
-            ),
+            loss_fn=lambda: run_layout(self.model, batch, None, fused_loss(self.args, parts[0], around, None)),
         )
 
     def run_state(self) -> dict[str, Any]:
@@ -229,18 +229,17 @@ class DPOTrainer(FusedTrainer):
     def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """The preference loss of a batch, plus the router's of a mixture of experts, weighted by its examples.
 
-        One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
-        masked; without a mask attention takes its fast causal path.
+        One forward. In the padded layout padding is on the right and attention causal, so real tokens never see it and
+        nothing has to be masked; without a mask attention takes its fast causal path.
         """
         batch = self._reference.attach(batch, self.model)
         head_fn = fused_loss(self.args, batch, self._around, num_items)
-        if self._router_coef:  # the router's loss counts tokens, so it needs the mask
-            router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
-            output, aux_loss = model(input_ids=batch["input_ids"], head_fn=head_fn, **router)
+        if self._router_coef:
+            output, aux_loss = self.run_model(model, batch, head_fn, output_router_logits=True)
             items = num_examples(batch)
             output = with_router_loss(output, aux_loss, self._router_coef, items=items, num_items=num_items)
         else:
-            output = model(input_ids=batch["input_ids"], head_fn=head_fn)
+            output = self.run_model(model, batch, head_fn)
         if self._around.shift is not None and num_items is not None:  # in training
             self._around.shift.add(output.metrics)
         return output
@@ -260,9 +259,9 @@ class DPOTrainer(FusedTrainer):
         total = torch.zeros(2, device=self.args.device)
         with evaluating(self.model), self.accelerator.autocast():
             for batch in mismatched:
-                for piece in split_batch(self._prepare_inputs(batch), self.micro_batch_tokens):
+                for piece in self._pieces(self._prepare_inputs(batch)):
                     piece = self._reference.attach(piece, self.model)
-                    logps = sequence_logps(batch_logps(self.model, piece, self.args))
+                    logps = sequence_sums(batch_logps(self.model, piece, self.args, self.token_layout), piece)
                     total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device)))
         total = self._sum_over_processes(total)
         return total[0] / total[1].clamp(min=1)

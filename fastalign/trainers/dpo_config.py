@@ -113,7 +113,7 @@ class DPOConfig(TrainerConfig):
     precompute_ref_batch_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Padded tokens of one batch when reference log-probs are computed. By default "
+            "Computed tokens of one batch when reference log-probs are computed. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
             + "."
         ),
@@ -192,6 +192,11 @@ class DPOConfig(TrainerConfig):
     def _check_batches(self) -> None:
         if not self.couples_batch:
             return
+        if self.max_tokens_per_batch is not None:
+            raise ValueError(
+                f"max_tokens_per_batch={self.max_tokens_per_batch}: loss_type={self.loss_type!r} sorts over the device "
+                "batch, whose number of pairs must stay the same; set per_device_train_batch_size"
+            )
         if self.micro_batch_tokens:
             raise ValueError(
                 f"micro_batch_tokens={self.micro_batch_tokens}: loss_type={self.loss_type!r} sorts over the device "

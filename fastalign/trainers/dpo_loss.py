@@ -14,7 +14,7 @@ from fastalign.losses import mean_metric
 from fastalign.models import Head
 from fastalign.trainers.batches import Batch, num_examples
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.log_probs import from_rows, host_rows
+from fastalign.trainers.layouts import scored_rows
 from fastalign.trainers.meters import Meter
 from fastalign.types import LossOutput, Metric
 
@@ -77,32 +77,32 @@ class Surroundings:
 def fused_loss(
     args: DPOConfig, batch: Batch, around: Surroundings, num_items: int | Tensor | None
 ) -> Callable[[Tensor, Head], LossOutput]:
-    """From hidden states and head to the loss of `batch`: its sum divided by num_items (None: by its own number)."""
+    """From hidden states (n, H) of a batch's rows, and the head, to its loss: the sum over num_items (or its own)."""
     shift = None if around.shift is None else around.shift.value.to(batch["input_ids"].device)
     given: dict[str, Any] = {} if shift is None else {"shift": shift}
     given |= {
-        "rows": host_rows(batch), "num_items": num_items, "token_metrics": args.token_metrics, "backend": args.backend,
+        "num_items": num_items, "token_metrics": args.token_metrics, "backend": args.backend,
         "schedule": args.schedule, "workspace_mb": args.workspace_mb,
     }  # fmt: skip
 
     def on_pairs(hidden: Tensor, head: Head) -> LossOutput:
         ref_logps = batch.get("ref_logps")
         if args.ld_alpha is not None and ref_logps is not None:
-            ref_logps = from_rows(batch["ref_per_token_logps"], batch)
+            ref_logps = batch["ref_per_token_logps"]
         tokens = around.chosen_tokens
         if tokens is not None and num_items is None:
             tokens = tokens * num_examples(batch) / around.pairs  # the piece's share, by its pairs
         return linear_dpo_loss(
-            hidden, head.weight, batch["targets"].to(hidden.device),
-            ref_logps=None if ref_logps is None else ref_logps.to(hidden.device),
+            hidden, head.weight, ref_logps=None if ref_logps is None else ref_logps.to(hidden.device),
             num_chosen_tokens=tokens if "sft" in args.loss_types else None, **args.loss_options(), **given,
-            **head.options,
+            **scored_rows(batch, hidden.device), **head.options,
         )  # fmt: skip
 
     def on_responses(hidden: Tensor, head: Head) -> LossOutput:
         return linear_kto_loss(
-            hidden, head.weight, batch["targets"].to(hidden.device), ref_logps=batch["ref_logps"].to(hidden.device),
-            labels=batch["labels"].to(hidden.device), kl=around.kl, **args.loss_options(), **given, **head.options,
+            hidden, head.weight, ref_logps=batch["ref_logps"].to(hidden.device),
+            labels=batch["labels"].to(hidden.device), kl=around.kl, **args.loss_options(), **given,
+            **scored_rows(batch, hidden.device), **head.options,
         )  # fmt: skip
 
     def loss(hidden: Tensor, head: Head) -> LossOutput:

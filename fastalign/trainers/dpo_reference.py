@@ -54,6 +54,9 @@ class NoReference:
     def adopt(self, policy: nn.Module, *, new_adapter: bool) -> None:
         """The policy as it was handed in: loaded, not yet under a new adapter."""
 
+    def use_layout(self, token_layout: str) -> None:
+        """How the policy's batches go through it."""
+
     def join(self, examples: Dataset, policy: nn.Module | None = None) -> Dataset:
         """Tokenised examples with all that the collator reads. policy: the one in training, for data that are new."""
         return with_lengths(examples, self.layout)

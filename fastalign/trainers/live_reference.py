@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 
 from fastalign.models import fuse_head
 from fastalign.models.inference import evaluating
-from fastalign.ops import sequence_logps
 from fastalign.reference import ReferenceModel
 from fastalign.reference.scoring import adapter_state
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.dpo_reference import FOLLOWS_POLICY, NoReference
+from fastalign.trainers.layouts import prepare_layout
 from fastalign.trainers.loading import autocast_dtype, is_movable, separate_reference
-from fastalign.trainers.log_probs import at_rows, batch_logps
+from fastalign.trainers.log_probs import batch_logps, sequence_sums
 from fastalign.trainers.reference import Layout, reference_adapter
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "reference.safetensors"
 
@@ -47,6 +50,7 @@ class LiveReference(NoReference):
         self._model: nn.Module | None = None  # None: the policy with its adapter off
         self._adapter: str | None = None
         self._given: ReferenceModel | None = None
+        self.token_layout = "padded"
         if ref_model is not None:
             self._given = separate_reference(ref_model, args, with_adapter, quantization_config)
 
@@ -79,6 +83,16 @@ class LiveReference(NoReference):
             self.identity = (self._given or own).digest()
             self.starts_at_policy = self._given is None or own.digest() == self.identity
 
+    def use_layout(self, token_layout: str) -> None:
+        """Score batches in the policy's layout, unless the reference is a model that takes padded ones only."""
+        if self._model is not None and token_layout != "padded":
+            try:
+                prepare_layout([self._model])
+            except ValueError as error:
+                logger.info("token layout of the reference: padded, because %s", error)
+                return
+        self.token_layout = token_layout
+
     @torch.no_grad()
     def attach(self, batch: Batch, policy: nn.Module) -> Batch:
         model = policy if self._model is None else self._model
@@ -88,8 +102,8 @@ class LiveReference(NoReference):
             adapter_state(model, self._adapter),
             torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None),
         ):
-            logps = batch_logps(model, batch, self.args)
-        return batch | {"ref_per_token_logps": at_rows(logps, batch), "ref_logps": sequence_logps(logps)}
+            logps = batch_logps(model, batch, self.args, self.token_layout)
+        return batch | {"ref_per_token_logps": logps, "ref_logps": sequence_sums(logps, batch)}
 
     # ---- TR-DPO
 

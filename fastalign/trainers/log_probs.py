@@ -9,35 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.models import Head
-from fastalign.ops import linear_logps
+from fastalign.models.layouts import plan_layout, run_layout
+from fastalign.ops import linear_logps, sequence_logps
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import TrainerConfig
+from fastalign.trainers.layouts import row_targets
 
 
-def batch_logps(model: nn.Module, batch: Batch, args: TrainerConfig) -> Tensor:
-    """(S, T) float32 log-probs of a padded batch's targets, 0 where there is none. model: fused; one forward."""
-    rows = host_rows(batch)
+def batch_logps(model: nn.Module, batch: Batch, args: TrainerConfig, layout: str = "padded") -> Tensor:
+    """(n,) float32 log-probs of a batch's targets, in the order of its rows. model: fused; one forward in `layout`."""
 
     def head_fn(hidden: Tensor, head: Head) -> Tensor:
-        targets = batch["targets"].to(hidden.device)
         options: dict[str, Any] = {"backend": args.backend, "workspace_mb": args.workspace_mb, **head.options}
-        return linear_logps(hidden, head.weight, targets, rows=rows, **options).logps
+        rows = torch.arange(len(hidden))
+        return linear_logps(hidden, head.weight, row_targets(batch, hidden.device), rows=rows, **options).logps
 
-    return model(input_ids=batch["input_ids"], head_fn=head_fn).float()
+    return run_layout(model, batch, plan_layout(batch, layout), head_fn).float()
+
+
+def sequence_sums(values: Tensor, batch: Batch) -> Tensor:
+    """(n,) values at the rows to (S,) sums of each sequence."""
+    return sequence_logps(values, cu_seqlens=torch.from_numpy(np.asarray(batch["cu_seqlens"])))
 
 
 def host_rows(batch: Batch) -> Tensor:
     """(n,) int64 on the host: flat positions of the targets that count."""
     return torch.from_numpy(np.asarray(batch["rows"]))
-
-
-def at_rows(values: Tensor, batch: Batch) -> Tensor:
-    """(S, T) to (n,): the values where targets count, in the order of the rows."""
-    return values.flatten().index_select(0, host_rows(batch).to(values.device, non_blocking=True))
-
-
-def from_rows(values: Tensor, batch: Batch) -> Tensor:
-    """(n,) to (S, T): the inverse of `at_rows`, 0 elsewhere."""
-    flat = values.new_zeros(batch["targets"].numel())
-    flat = flat.index_copy(0, host_rows(batch).to(values.device, non_blocking=True), values)
-    return flat.view(batch["targets"].shape)

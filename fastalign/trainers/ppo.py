@@ -127,6 +127,10 @@ class PPOTrainer(PassesTrainer):
             reduce=self._sum_over_processes,
             process_index=self.accelerator.process_index,
         )
+        trains = [model for model in (policy, both.critic) if model is not None]
+        only_padded = "policy_loss='trpo', which differentiates twice" if args.policy_loss == "trpo" else ""
+        self._set_layout(*trains, only_padded=only_padded)
+        self.collector.token_layout = self.token_layout
         self._reference_digest = self._digest()
         self.run = PPOState(args)
         self._phase_tokens = 0
@@ -161,7 +165,7 @@ class PPOTrainer(PassesTrainer):
         count = len(batch["lengths"])
         episodes = count * self.accelerator.num_processes  # as many in each
         self._phase_tokens = int(np.sum(batch["lengths"]))
-        self._tokens += self._phase_tokens
+        self._tokens.add(0, 0, 0, seen=self._phase_tokens)
         model.train()
         output = self.update_on(model, batch, experience.kept)
         phase = Meter()

@@ -96,7 +96,7 @@ class PPOConfig(TrainerConfig):
     rollout_batch_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Padded tokens of one batch when completions are sampled and scored. By default "
+            "Tokens of one batch when completions are sampled and scored. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_ROLLOUT_BATCH_TOKENS.items())
             + "."
         ),

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastalign.losses import merge_metrics
 from fastalign.trainers.actor_critic import ActorCriticTrainer
-from fastalign.trainers.batches import Batch, select_examples, split_batch
+from fastalign.trainers.batches import Batch, grouped_by_prompt, select_examples, split_batch
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.ppo_state import PPOState
 from fastalign.trainers.ppo_trpo import policy_trpo_step, trpo_metrics
@@ -92,7 +92,8 @@ class PassesTrainer(ActorCriticTrainer):
         return min(unfiltered, max(int(fewest), 1)) if most else 0
 
     def _mini_batch(self, model: nn.Module, batch: Batch) -> LossOutput:
-        """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`.
+        """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`; in the shared layout
+        completions of one prompt are in one piece.
 
         The loss, detached, is this process's share times their number: its mean over processes is that of the whole.
         """
@@ -107,7 +108,7 @@ class PassesTrainer(ActorCriticTrainer):
         elif warmup:
             policy_coef = 0.0
         losses, metrics = [], []
-        pieces = split_batch(batch, self.micro_batch_tokens, multiple_of=self.args.pad_to_multiple_of)
+        pieces = self._pieces(grouped_by_prompt(batch) if self.token_layout == "shared" else batch)
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -115,7 +116,7 @@ class PassesTrainer(ActorCriticTrainer):
                     output = policy_value_loss(
                         model, piece, self.args, tokens=tokens, sequences=sequences,
                         penalty_coef=self.run.penalty.coef, policy_coef=policy_coef,
-                        with_value=self.actor_critic.has_critic,
+                        with_value=self.actor_critic.has_critic, layout=self._planned(piece, seen=0),
                     )  # fmt: skip
                 self.accelerator.backward(output.loss * processes)
             losses.append(output.loss.detach() * processes)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastalign.losses import RunningMoments, deviation_metrics
 from fastalign.models.actor_critic import ActorCritic
 from fastalign.models.inference import inference
+from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.reference import score
 from fastalign.rollouts import Completion, Sampler, sampler_gap, score_completions
-from fastalign.trainers.batches import Batch, split_batch
+from fastalign.trainers.batches import Batch, grouped_by_prompt, split_batch
 from fastalign.trainers.config import by_device
 from fastalign.trainers.experience import Experience, make_experience
 from fastalign.trainers.ppo_config import DEFAULT_ROLLOUT_BATCH_TOKENS, PPOConfig
@@ -88,7 +89,7 @@ class Collector:
     model: the ActorCritic, not wrapped. reference: the model whose log-probs the KL is to, and the adapter that is on
     in it (None for none); the policy itself, under LoRA. None: no KL. collate: from examples with input_ids and
     completion_mask to a padded batch. to_device: moves a batch. autocast: the trainer's. reduce: sums over processes.
-    process_index: of this process.
+    process_index: of this process. token_layout: of the batches that values are computed of.
     """
 
     args: PPOConfig
@@ -101,6 +102,7 @@ class Collector:
     autocast: torch.dtype | None
     reduce: Callable[[Tensor], Tensor]
     process_index: int
+    token_layout: str = "padded"
 
     def __post_init__(self) -> None:
         self.tokens = by_device(self.args.rollout_batch_tokens, DEFAULT_ROLLOUT_BATCH_TOKENS, self.args)
@@ -130,6 +132,7 @@ class Collector:
         if moments is not None and learn:
             moments.update(scores, reduce=self.reduce)
         batch = self.to_device(self.collate(_examples(samples)))
+        batch["prompts"] = np.repeat(np.arange(len(prompts)), args.num_generations)
         logps = self._logps(prompts, completions)
         batch["old_logps"] = self._flat(logps)
         if self.reference is not None:
@@ -186,9 +189,10 @@ class Collector:
     def _values(self, batch: Batch) -> Tensor:
         """(n,) float32, the critic's values at the batch's rows."""
         values = torch.zeros(len(batch["rows"]), device=self.args.device)
+        whole = grouped_by_prompt(batch) | {"position": np.arange(len(values))}
         with inference(self.model, self.args.device, autocast=self.autocast):
-            for piece in split_batch(batch | {"position": np.arange(len(values))}, self.tokens):
-                _, found = self.model(input_ids=piece["input_ids"], rows=piece["rows"])
+            for piece in split_batch(whole, self.tokens, layout=self.token_layout):
+                _, found = run_layout(self.model, piece, plan_layout(piece, self.token_layout), scores=True)
                 values[torch.from_numpy(piece["position"]).to(values.device)] = found
         return values
 

@@ -197,6 +197,11 @@ def _check_effects(config: PPOConfig) -> None:
                 )
     if getattr(config, "include_num_input_tokens_seen", "no") not in ("no", False):
         raise ValueError("include_num_input_tokens_seen is not supported: num_tokens is logged; accepted is 'no'")
+    if config.max_tokens_per_batch is not None:
+        raise ValueError(
+            f"max_tokens_per_batch={config.max_tokens_per_batch} is not supported: how long completions will be is not "
+            "known when a phase's prompts are drawn; set per_device_train_batch_size, and micro_batch_tokens for memory"
+        )
     loader = config.accelerator_config
     for name, accepted in (("split_batches", False), ("even_batches", True), ("dispatch_batches", None)):
         if (value := getattr(loader, name, accepted)) != accepted:

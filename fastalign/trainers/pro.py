@@ -19,6 +19,7 @@ from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, num_examples, sequence_groups
 from fastalign.trainers.dpo_reference import CachedReference
+from fastalign.trainers.layouts import scored_rows
 from fastalign.trainers.loading import (
     add_adapter,
     autocast_dtype,
@@ -30,7 +31,7 @@ from fastalign.trainers.loading import (
     prepare_checkpointing,
     router_coefficient,
 )
-from fastalign.trainers.log_probs import at_rows, batch_logps, host_rows
+from fastalign.trainers.log_probs import batch_logps
 from fastalign.trainers.pro_config import PROConfig
 from fastalign.trainers.pro_examples import (
     LIST_COLUMNS,
@@ -128,6 +129,7 @@ class PROTrainer(FusedTrainer):
             optimizers=optimizers,
         )
         fuse_head(self.model)
+        self._set_layout(self.model, counts_tokens=bool(self._router_coef))
 
     # ---- reference
 
@@ -164,7 +166,7 @@ class PROTrainer(FusedTrainer):
         lists = lists.select(sample_indices(len(lists)))
         batch = self._prepare_inputs(self.data_collator([lists[i] for i in range(len(lists))]))
         with torch.no_grad(), evaluating(self.model), self.accelerator.autocast():
-            logps = at_rows(batch_logps(self.model, batch, self.args), batch)
+            logps = batch_logps(self.model, batch, self.args)
         fresh, cached = (
             np.split(values.cpu().numpy(), batch["cu_seqlens"][1:-1])
             for values in (logps, batch["ref_per_token_logps"])
@@ -195,8 +197,8 @@ class PROTrainer(FusedTrainer):
     def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """The listwise loss of a batch, plus the router's of a mixture of experts, weighted by its lists.
 
-        One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
-        masked; without a mask attention takes its fast causal path.
+        One forward. In the padded layout padding is on the right and attention causal, so real tokens never see it and
+        nothing has to be masked; without a mask attention takes its fast causal path.
         """
         args = self.args
         cu_lists = np.concatenate([[0], np.cumsum(np.bincount(sequence_groups(batch)))])
@@ -204,18 +206,16 @@ class PROTrainer(FusedTrainer):
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             given = {name: batch[name].to(hidden.device) for name in ("rewards", "ref_logps") if name in batch}
             return linear_pro_loss(
-                hidden, head.weight, batch["targets"].to(hidden.device), ranks=batch["ranks"].to(hidden.device),
-                cu_lists=torch.from_numpy(cu_lists), beta=args.beta, length_normalize=args.length_normalize,
-                loss_type=args.loss_type, sft_coef=args.sft_weight, num_items=num_items, rows=host_rows(batch),
-                token_metrics=args.token_metrics, backend=args.backend, schedule=args.schedule,
-                workspace_mb=args.workspace_mb, **given, **head.options,
+                hidden, head.weight, ranks=batch["ranks"].to(hidden.device), cu_lists=torch.from_numpy(cu_lists),
+                beta=args.beta, length_normalize=args.length_normalize, loss_type=args.loss_type,
+                sft_coef=args.sft_weight, num_items=num_items, token_metrics=args.token_metrics, backend=args.backend,
+                schedule=args.schedule, workspace_mb=args.workspace_mb, **given, **scored_rows(batch, hidden.device),
+                **head.options,
             )  # fmt: skip
 
         if not self._router_coef:
-            return model(input_ids=batch["input_ids"], head_fn=head_fn)
-        # the router's loss counts tokens, so it needs the mask
-        router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
-        output, aux_loss = model(input_ids=batch["input_ids"], head_fn=head_fn, **router)
+            return self.run_model(model, batch, head_fn)
+        output, aux_loss = self.run_model(model, batch, head_fn, output_router_logits=True)
         return with_router_loss(output, aux_loss, self._router_coef, items=num_examples(batch), num_items=num_items)
 
 

@@ -80,7 +80,7 @@ class PROConfig(TrainerConfig):
     precompute_ref_batch_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Padded tokens of one batch when reference log-probs are computed. By default "
+            "Computed tokens of one batch when reference log-probs are computed. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
             + "."
         ),

@@ -134,15 +134,17 @@ class RewardTrainer(FusedTrainer):
         self._train_meter = RewardMeter(self.accelerator.gather)
         self._eval_meter = RewardMeter(self.accelerator.gather, errors=True)
         fuse_scalar_head(self.model)
+        self._set_layout(self.model)
 
     # ---- loss
 
     def batch_loss(self, model: nn.Module, batch: Batch, num_items: int | Tensor | None) -> LossOutput:
         """One forward: rewards at the last tokens, and the loss that the batch's judgements ask for.
 
-        Padding is on the right and attention causal, so real tokens never see it and nothing has to be masked.
+        In the padded layout padding is on the right and attention causal, so real tokens never see it and nothing has
+        to be masked.
         """
-        rewards = model(input_ids=batch["input_ids"], rows=batch["rows"])
+        rewards = self.run_model(model, batch)
         return reward_loss(
             rewards,
             batch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from fastalign.linear import linear_cross_entropy
-from fastalign.models import Head, Segments, disable_dropout, enable_segments, fuse_head
+from fastalign.models import Head, disable_dropout, enable_segments, fuse_head
 from fastalign.models.head import base_causal_lm
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
+from fastalign.trainers.layouts import row_targets
 from fastalign.trainers.loading import (
     add_adapter,
     check_trainable,
@@ -123,6 +123,7 @@ class SFTTrainer(FusedTrainer):
         fuse_head(self.model)
         if args.packing or self._eval_packing:
             enable_segments(self.model)
+        self._set_layout(self.model, counts_tokens=bool(self._router_coef))
 
     def _laid_out(self, dataset: Dataset, name: str, packing: bool) -> Dataset:
         if packing:
@@ -144,28 +145,23 @@ class SFTTrainer(FusedTrainer):
         """Cross-entropy of a batch, plus the router's loss of a mixture of experts, weighted by its trained tokens."""
         if not self._router_coef:
             return self._cross_entropy(model, batch, num_items)
-        # the router's loss counts tokens, so it needs the mask
-        router = {"attention_mask": batch["attention_mask"], "output_router_logits": True}
-        output, aux_loss = self._cross_entropy(model, batch, num_items, **router)
+        output, aux_loss = self._cross_entropy(model, batch, num_items, output_router_logits=True)
         return with_router_loss(output, aux_loss, self._router_coef, items=self.num_items(batch), num_items=num_items)
 
     def _cross_entropy(
         self, model: nn.Module, batch: Batch, num_items: int | Tensor | None, **model_kwargs: Any
     ) -> Any:
-        """One forward. Padding is on the right and attention causal, so real tokens never see it and nothing has to be
-        masked; without a mask attention takes its fast causal path. Packed sequences are told apart by `segments`.
+        """One forward. In the padded layout padding is on the right and attention causal, so real tokens never see it
+        and nothing has to be masked; without a mask attention takes its fast causal path.
         """
-        if "segment_lengths" in batch:
-            model_kwargs |= {name: batch[name] for name in ("attention_mask", "position_ids")}
-            model_kwargs["segments"] = Segments(batch["segment_lengths"], batch["input_ids"].shape[1])
-        args, rows = self.args, torch.from_numpy(np.asarray(batch["rows"]))
+        args = self.args
 
         def head_fn(hidden: Tensor, head: Head) -> LossOutput:
             output = linear_cross_entropy(
                 hidden,
                 head.weight,
-                batch["targets"].to(hidden.device),
-                rows=rows,
+                row_targets(batch, hidden.device),
+                rows=torch.arange(len(hidden)),
                 num_items=num_items,
                 token_metrics=args.token_metrics,
                 backend=args.backend,
@@ -176,7 +172,7 @@ class SFTTrainer(FusedTrainer):
             output.metrics.pop("nll")  # it is the loss
             return output
 
-        return model(input_ids=batch["input_ids"], head_fn=head_fn, **model_kwargs)
+        return self.run_model(model, batch, head_fn, **model_kwargs)
 
 
 def _stop_at(model: nn.Module, token: int) -> None:

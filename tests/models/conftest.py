@@ -1,5 +1,8 @@
 """Tiny random models of the families that transformers knows, and the definition of a head's logits."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -65,3 +68,12 @@ class Zoo:
 @pytest.fixture
 def zoo() -> type[Zoo]:
     return Zoo
+
+
+@pytest.fixture(scope="session")
+def kit():
+    """layout_kit.py: test files are no package, so they cannot import it."""
+    spec = importlib.util.spec_from_file_location("layout_kit", Path(__file__).parent / "layout_kit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

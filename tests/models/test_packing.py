@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from fastalign.models import fuse_head
 from fastalign.models.packing import disable_segments, enable_segments
@@ -198,4 +198,25 @@ def test_a_model_that_drops_the_keyword_is_refused(monkeypatch):
 
     monkeypatch.setattr(type(model.model.layers[0]), "forward", without)
     with pytest.raises(ValueError, match="does not hand the keyword segments to its attention"):
+        enable_segments(model)
+
+
+def test_a_model_that_ignores_position_ids_is_refused():
+    """Relative positions are those of a packed sequence wherever it lies, but not those behind a shared prefix."""
+    model = make("llama")
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+
+    def by_place(x, position_ids):
+        return forward(x, torch.arange(x.shape[1])[None].expand(x.shape[0], -1))
+
+    rotary.forward = by_place
+    with pytest.raises(ValueError, match="for a sequence that shares its first tokens with another"):
+        enable_segments(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_adapter_that_adds_tokens_is_refused():
+    model = get_peft_model(make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
         enable_segments(model)

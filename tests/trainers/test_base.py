@@ -14,6 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64: what is left is the order of sums
+# of a layout that adds up a shared prompt's gradients before they pass the norms, which Llama has in float32
+ROUNDED = {"rtol": 1e-3, "atol": 1e-5}
 METRICS = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "length/margin_correlation", "entropy")
 
 
@@ -47,12 +49,14 @@ def whole(kit):
 )
 def test_the_split_of_a_batch_changes_nothing(kit, whole, split):
     weights, logs = run(kit, **split)
-    kit.assert_same(weights, whole[0], **EXACT)
+    padded = "pad_to_multiple_of" in split  # which no other layout has
+    kit.assert_same(weights, whole[0], **(ROUNDED if padded else EXACT))
     assert len(logs) == len(whole[1]) == 6
     for got, expected in zip(logs, whole[1], strict=True):
+        assert (got["padding_waste"] > 0) == padded
         for name in METRICS:
             if name in got:
-                assert got[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
+                assert got[name] == pytest.approx(expected[name], rel=1e-4 if padded else 1e-6, abs=1e-9), name
         assert got["num_tokens"] == expected["num_tokens"]
 
 
@@ -68,7 +72,8 @@ def test_metrics_cover_every_step_since_the_last_log(kit, whole):
 
 def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
     """Right padding under causal attention is invisible; the trainer passes no mask, here it does."""
-    expected = run(kit, per_device_train_batch_size=8)
+    settings = {"per_device_train_batch_size": 8, "token_layout": "padded"}
+    expected = run(kit, **settings)
     from fastalign.trainers import DPOTrainer
 
     original = DPOTrainer.batch_loss
@@ -80,7 +85,7 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
         return original(self, call, batch, num_items)
 
     monkeypatch.setattr(DPOTrainer, "batch_loss", masked)
-    kit.assert_same(run(kit, per_device_train_batch_size=8)[0], expected[0], **EXACT)
+    kit.assert_same(run(kit, **settings)[0], expected[0], **EXACT)
 
 
 def test_two_processes_give_what_one_gives(kit, tmp_path):

@@ -108,7 +108,7 @@ def test_choices_are_the_losses():
 
 
 UNSUPPORTED = {
-    "padding_free": True, "activation_offloading": True, "dataset_num_proc": 2, "pad_token": "<pad>",
+    "activation_offloading": True, "dataset_num_proc": 2, "pad_token": "<pad>",
     "precompute_ref_batch_size": 8, "use_liger_kernel": True, "label_smoothing_factor": 0.1, "torch_compile": True,
     "batch_eval_metrics": True,
 }  # fmt: skip

@@ -42,7 +42,7 @@ def test_every_field_says_what_it_is():
         ({"ref_model_name_or_path": "x"}, "ref_model_name_or_path='x' has no effect"),
         ({"reference_free": False, "precompute_ref_batch_tokens": 0}, "precompute_ref_batch_tokens=0"),
         ({"merge_pairs": True, "reward_temperatures": True}, "needs scored lists"),
-        ({"padding_free": True}, "padding_free=True is not supported"),
+        ({"activation_offloading": True}, "activation_offloading=True is not supported"),
     ],
 )
 def test_bad_values_are_refused_by_name(tmp_path, settings, message):

@@ -159,7 +159,7 @@ def test_centring_pulls_the_sum_of_a_pairs_rewards_to_zero(rewards):
 def test_bfloat16_autocast_over_float32_weights(rewards, kit, checkpointing):
     def run(**settings):
         trainer = rewards.trainer(
-            rewards.model(), rewards.pairs(16), num_train_epochs=2, learning_rate=0.01,
+            rewards.model(), rewards.pairs(16), num_train_epochs=2, learning_rate=0.002,
             gradient_checkpointing=checkpointing, normalize_rewards="mean", **settings,
         )  # fmt: skip
         trainer.train()

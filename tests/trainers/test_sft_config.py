@@ -27,7 +27,7 @@ def test_every_field_says_what_it_is():
 
 UNSUPPORTED = {
     "loss_type": "dft", "shuffle_dataset": True, "dataset_kwargs": {"skip_prepare_dataset": True},
-    "padding_free": True, "activation_offloading": True, "dataset_num_proc": 2, "pad_token": "<pad>",
+    "activation_offloading": True, "dataset_num_proc": 2, "pad_token": "<pad>",
     "use_liger_kernel": True, "label_smoothing_factor": 0.1,
 }  # fmt: skip
 

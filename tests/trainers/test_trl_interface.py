@@ -28,7 +28,7 @@ HONOURED = {
     "label_smoothing": 0.1, "ld_alpha": 0.5, "learning_rate": 3e-6, "logging_steps": 7, "loss_type": ["hinge"],
     "loss_weights": [0.5], "lr_scheduler_kwargs": {"num_cycles": 2}, "max_length": 77,
     "model_init_kwargs": {"revision": "main"}, "packing": True, "packing_strategy": "bfd_split",
-    "pad_to_multiple_of": 8, "precompute_ref_log_probs": True, "ref_model_mixup_alpha": 0.5,
+    "pad_to_multiple_of": 8, "padding_free": True, "precompute_ref_log_probs": True, "ref_model_mixup_alpha": 0.5,
     "ref_model_sync_steps": 10, "router_aux_loss_coef": 0.1, "sync_ref_model": True, "torch_empty_cache_steps": 5,
     "truncation_mode": "keep_end", "trust_remote_code": True, "use_weighting": True,
 }  # fmt: skip
@@ -36,7 +36,7 @@ HONOURED = {
 
 REFUSED = {
     "activation_offloading": True, "dataset_kwargs": {"skip_prepare_dataset": True}, "dataset_num_proc": 4,
-    "pad_token": "<pad>", "padding_free": True, "precompute_ref_batch_size": 8, "shuffle_dataset": True,
+    "pad_token": "<pad>", "precompute_ref_batch_size": 8, "shuffle_dataset": True,
     "use_liger_kernel": True,
     ("RewardConfig", "chat_template_path"): "template.jinja", ("RewardConfig", "eos_token"): "<end>",
     ("SFTConfig", "loss_type"): "dft",

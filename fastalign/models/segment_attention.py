@@ -1,0 +1,282 @@
+"""Causal attention within each segment of a packed batch, and from a segment to the one that it continues.
+
+A segment's queries see the keys of its prefix and its own, up to themselves: [prefix keys, own keys] under a causal
+mask whose diagonal ends in the lower right corner. Nothing as large as the square of a row is ever made.
+
+    FlashAttention, torch's varlen kernel    one call; boundaries of queries and of keys, which repeat a prefix's
+    SDPA and eager                           a call a segment; where a mask is needed, one a block of queries, with a
+                                             view of one small mask
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastalign.models import cpu_attention
+from fastalign.models.cpu_attention import attend_to_prefix
+from fastalign.models.segments import Segments
+
+Implementation = Callable[..., tuple[Tensor, Tensor | None]]
+
+BLOCK = 512
+"""Queries of one call under a mask: the mask is (block, keys), and what a block cannot see is not computed."""
+
+_MASKED_SOFTMAX_EXTRAS = ("softcap", "s_aux", "position_bias")  # of the softmax, which torch's kernels know nothing of
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    former: str,
+    implementation: Implementation,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of each token to its segment's tokens up to itself and to those of its prefix; (B, T, heads, D).
+
+    query (B, heads, T, D), key and value (B, key heads, T, D) as transformers' attention functions take them; what the
+    softmax is made of is up to `implementation`, transformers' function named `former`. 0 in the padding.
+
+    Raises ValueError: attention that is not causal, keys of another length (a cache), or segments of another batch.
+    """
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError(f"{type(module).__name__} does not attend causally, so a packed batch cannot go through it")
+    batch, _, width, _ = query.shape
+    if key.shape[2] != width or segments.shape != (batch, width):
+        raise ValueError(
+            f"segments of a batch {segments.shape} were given with queries {(batch, width)} and {key.shape[2]} keys; "
+            "packed batches take no cache"
+        )
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, heads, D)
+    kwargs = kwargs | {"sliding_window": sliding_window}
+    if former.startswith("flash_attention_"):
+        return _scattered(_flash(module, flat, segments, implementation, **kwargs), segments, query.device)
+    if _takes_varlen(flat, segments, former, **kwargs):
+        return _scattered(_varlen(flat, segments, kwargs.get("scaling")), segments, query.device)
+    return _one_by_one(module, flat, segments, former, implementation, **kwargs)
+
+
+# A call a segment -----------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """Queries start … stop of a segment, on keys first … of [its prefix, its own] up to the last query's own.
+
+    diagonal: the key of the first query among these; None where causality needs no mask.
+    """
+
+    start: int
+    stop: int
+    first: int
+    diagonal: int | None
+
+
+def _calls(length: int, prefix: int, window: int | None, former: str) -> list[_Call]:
+    """The calls of one segment of `length` tokens behind a prefix of `prefix`."""
+    cut = window is not None and prefix + length > window
+    if length == 1 and not cut:
+        return [_Call(0, 1, 0, None)]
+    if former == "sdpa" and not (prefix or cut):
+        return [_Call(0, length, 0, None)]
+    calls = []
+    for start in range(0, length, BLOCK):
+        first = max(0, prefix + start - window + 1) if cut and window is not None else 0
+        calls.append(_Call(start, min(start + BLOCK, length), first, prefix + start - first))
+    return calls
+
+
+def _one_by_one(
+    module: nn.Module, flat: list[Tensor], segments: Segments, former: str, implementation: Implementation,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Split and concatenated once: slicing would cost a whole gradient a segment in the backward.
+
+    A prefix's keys are put before those of each segment that continues it. Two calls merged by their log-sum-exps save
+    these copies and the mask, but were not faster; one call over a whole group under a dense mask was slower.
+    """
+    window = kwargs["sliding_window"]
+    blocks = list(zip(*(tensor[None].split(segments.block_sizes, dim=1) for tensor in flat), strict=True))
+    of_segment = [block for inside, block in zip(segments.is_segment, blocks, strict=True) if inside]
+    plan = segments.cached(("calls", window, former), lambda: _plan(segments, window, former))
+    band = segments.cached(
+        ("mask", window, former, flat[0].dtype, flat[0].device), lambda: _band(plan, window, former, flat[0])
+    )
+    attend: Implementation = _sdpa if former == "sdpa" and _plain(flat[0].device, kwargs) else implementation
+    frugal = attend is _sdpa and not kwargs.get("dropout") and cpu_attention.takes(*flat)
+    parts, steps = [], iter(plan)
+    for inside, (q, *own) in zip(segments.is_segment, blocks, strict=True):  # (1, L, heads, D) each
+        if not inside:
+            parts.append(q.new_zeros(1, q.shape[1], q.shape[2], own[1].shape[3]))
+            continue
+        number, calls = next(steps)
+        prefix = of_segment[number][1:] if number >= 0 else None
+        if prefix is not None and not frugal:
+            own = [torch.cat(pair, dim=1) for pair in zip(prefix, own, strict=True)]
+            prefix = None
+        before = 0 if prefix is None else prefix[0].shape[1]
+        behind = own[0].shape[1] + before - q.shape[1]  # keys before the segment's own
+        for call in calls:
+            rows, stop = _cut(q, call.start, call.stop), behind + call.stop
+            mask = None
+            if call.diagonal is not None and band is not None:
+                mask = band.view(call.diagonal, rows.shape[1], stop - call.first)
+            k, v = (_cut(tensor, max(call.first - before, 0), stop - before) for tensor in own)
+            if prefix is not None and call.first < before:
+                prefix_k, prefix_v = (_cut(tensor, call.first, before) for tensor in prefix)
+                parts.append(attend_to_prefix(rows, (prefix_k, prefix_v), (k, v), mask, kwargs.get("scaling")))
+            else:
+                inputs = (tensor.transpose(1, 2) for tensor in (rows, k, v))
+                parts.append(attend(module, *inputs, mask, **kwargs)[0])
+    return torch.cat(parts, dim=1)[0].unflatten(0, segments.shape)
+
+
+def _cut(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """tensor[:, start:stop], which in the backward costs a gradient of the whole: not where it is the whole."""
+    return tensor if start == 0 and stop == tensor.shape[1] else tensor[:, start:stop]
+
+
+def _plan(segments: Segments, window: int | None, former: str) -> list[tuple[int, list[_Call]]]:
+    sizes = zip(segments.prefixes.tolist(), segments.lengths.tolist(), segments.prefix_lengths.tolist(), strict=True)
+    return [(prefix, _calls(length, before, window, former)) for prefix, length, before in sizes]
+
+
+def _plain(device: torch.device, kwargs: dict[str, Any]) -> bool:
+    """Whether torch's CPU kernel, which reads a key for several query heads under a mask too, does all that is asked
+    of transformers' SDPA function. That one copies keys and values for each query head, as GPU kernels need it.
+    """
+    return device.type == "cpu" and all(kwargs.get(name) is None for name in (*_MASKED_SOFTMAX_EXTRAS, "cache"))
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' function on a CPU, without copies of keys and values."""
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling,
+        is_causal=attention_mask is None and query.shape[2] == key.shape[2] > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2), None
+
+
+class _Band:
+    """Additive masks of every shape that a plan needs, as views of one: allowed[i, j] = −window < j − i − diagonal ≤ 0.
+
+    (rows, columns) long enough for the largest; a smaller one begins in its first row, further right.
+    """
+
+    def __init__(self, rows: int, diagonal: int, window: int | None, lowest: float, like: Tensor) -> None:
+        self.diagonal = diagonal
+        allowed = torch.ones(rows, rows + diagonal, dtype=torch.bool, device=like.device).tril_(diagonal)
+        if window is not None:
+            allowed = allowed.triu_(diagonal + 1 - window)
+        zeros = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+        self.mask = zeros.masked_fill_(~allowed, lowest)
+        self._views: dict[tuple[int, int, int], Tensor] = {}
+
+    def view(self, diagonal: int, rows: int, columns: int) -> Tensor:
+        """(1, 1, rows, columns) whose row i ends at column i + diagonal."""
+        key = diagonal, rows, columns
+        if key not in self._views:
+            first = self.diagonal - diagonal
+            part = self.mask[:rows, first : first + columns][None, None]
+            if part.device.type != "cpu":
+                return part.contiguous()  # GPU kernels want rows that are aligned
+            self._views[key] = part
+        return self._views[key]
+
+
+def _band(plan: list[tuple[int, list[_Call]]], window: int | None, former: str, like: Tensor) -> _Band | None:
+    masked = [
+        (call.stop - call.start, call.diagonal) for _, calls in plan for call in calls if call.diagonal is not None
+    ]
+    if not masked:
+        return None
+    lowest = float("-inf") if former == "sdpa" else torch.finfo(like.dtype).min
+    return _Band(max(rows for rows, _ in masked), max(diagonal for _, diagonal in masked), window, lowest, like)
+
+
+# One call -------------------------------------------------------------------------------------------------------------
+
+
+def _flash(
+    module: nn.Module, flat: list[Tensor], segments: Segments, implementation: Implementation, **kwargs: Any
+) -> Tensor:
+    """(N, heads, D) by transformers' FlashAttention function, which takes the boundaries of a row (1, N)."""
+    index = segments.varlen(flat[0].device)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in _gathered(flat, segments))
+    boundaries = {
+        "cu_seq_lens_q": index.cu_seqlens, "cu_seq_lens_k": index.cu_seqlens_k, "max_length_q": index.longest,
+        "max_length_k": index.longest_k,
+    }  # fmt: skip
+    return implementation(module, q, k, v, None, **(kwargs | boundaries))[0][0]
+
+
+def _takes_varlen(
+    flat: list[Tensor],
+    segments: Segments,
+    former: str,
+    *,
+    sliding_window: int | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> bool:
+    """Whether torch's variable-length kernel computes what the implementation would."""
+    query, _, value = flat
+    return (
+        former == "sdpa"
+        and query.device.type == "cuda"
+        and torch.version.cuda is not None
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[2] == value.shape[2]
+        and query.shape[2] % 8 == 0
+        and query.shape[2] <= 256
+        and not dropout
+        and (sliding_window is None or int((segments.lengths + segments.prefix_lengths).max()) <= sliding_window)
+        and all(kwargs.get(name) is None for name in _MASKED_SOFTMAX_EXTRAS)
+    )
+
+
+def _varlen(flat: list[Tensor], segments: Segments, scaling: float | None) -> Tensor:
+    """(N, heads, D) by torch's variable-length kernel; with fewer queries than keys its causal mask, FlashAttention's,
+    ends in the lower right corner.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    index = segments.varlen(flat[0].device)
+    q, k, v = _gathered(flat, segments)
+    output = varlen_attn(
+        q, k, v, index.cu_seqlens, index.cu_seqlens_k, index.longest, index.longest_k, scale=scaling,
+        window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _gathered(flat: list[Tensor], segments: Segments) -> list[Tensor]:
+    """Queries without padding; keys and values of one segment after the other, each behind its prefix's."""
+    index = segments.varlen(flat[0].device)
+    positions = (index.positions, index.key_positions, index.key_positions)
+    return [
+        tensor.contiguous() if places is None else tensor.index_select(0, places)
+        for tensor, places in zip(flat, positions, strict=True)
+    ]
+
+
+def _scattered(output: Tensor, segments: Segments, device: torch.device) -> Tensor:
+    """(B, T, heads, D) of an output (N, heads, D), 0 in the padding."""
+    positions = segments.varlen(device).positions
+    if positions is not None:
+        whole = output.new_zeros(segments.shape[0] * segments.shape[1], *output.shape[1:])
+        output = whole.index_copy(0, positions, output)
+    return output.unflatten(0, segments.shape)

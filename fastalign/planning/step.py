@@ -1,0 +1,173 @@
+"""One optimizer step of a run, recorded: what it allocates, when, and what it computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from fastalign.models.layouts import plan_layout, run_layout
+from fastalign.models.scalar import scalar_head
+from fastalign.ops.schedule import Plan
+from fastalign.planning.head import HeadSettings, PlannedHead
+from fastalign.planning.models import ModelSettings, materialise, meta_model, prepare
+from fastalign.planning.recorder import WEIGHTS, Event, Recorder
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """A torch optimizer: its class and keyword arguments, and the norm that gradients are clipped to (0: not)."""
+
+    cls: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Events of the model's making, of a first step and of a later one, which ends as it began; names of storages.
+
+    trainable, parameters   numbers
+    flops       of the later step's passes, by phase: forward, backward (recomputed forwards included), head
+    plans       of the head, one a pass
+    tokens      of the passes: padded, real and computed
+    """
+
+    start: list[Event]
+    first: list[Event]
+    later: list[Event]
+    names: list[str]
+    parameters: int
+    trainable: int
+    flops: Counter[str]
+    plans: list[Plan]
+    tokens: dict[str, int]
+
+    def events(self, steps: int) -> list[Event]:
+        """Of a run of `steps` ≥ 2 steps: the later one repeated."""
+        return [*self.start, *self.first, *self.later * (steps - 1)]
+
+
+def record_step(
+    config: PretrainedConfig,
+    pieces: Sequence[Batch],
+    *,
+    model: ModelSettings,
+    head: HeadSettings,
+    optimizer: OptimizerSettings,
+    autocast: torch.dtype | None = None,
+) -> StepRecord:
+    """Record steps whose passes are `pieces`, one after the other, on tensors without memory.
+
+    pieces: padded batches as fastalign.data's collators make them, on the host.
+    autocast: the dtype that passes compute in over wider weights.
+
+    Raises ValueError: see `meta_model`; an optimizer that does not run without memory.
+    """
+    made = meta_model(config, model)
+    with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder, torch.device("cpu"):
+        with recorder.phase(WEIGHTS):
+            materialise(made)
+        if model.adapter is not None:
+            recorder.rename((p for p in made.parameters() if p.requires_grad), "adapter")
+        prepare(made, model)
+        steps = _Steps(made, model, recorder, PlannedHead(head, recorder), optimizer, autocast)
+        start = len(recorder.events)
+        steps.run(pieces)
+        first = len(recorder.events)
+        recorder.flops.clear()
+        steps.planned.plans.clear()
+        steps.run(pieces)
+        later = len(recorder.events)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in made.parameters()]
+    return StepRecord(
+        start=recorder.events[:start], first=recorder.events[start:first], later=recorder.events[first:later],
+        names=recorder.names, parameters=sum(size for size, _ in sizes),
+        trainable=sum(size for size, trains in sizes if trains), flops=recorder.flops,
+        plans=list(steps.planned.plans), tokens=count_tokens(pieces, model.layout),
+    )  # fmt: skip
+
+
+def count_tokens(pieces: Iterable[Batch], layout: str) -> dict[str, int]:
+    """Tokens of the batches as they are padded, as they are, and as the layout computes them; and scored ones."""
+    total: Counter[str] = Counter()
+    for piece in pieces:
+        planned = plan_layout(piece, layout)
+        padded, real = piece["input_ids"].numel(), int(np.sum(piece["lengths"]))
+        total.update(
+            padded=padded,
+            real=real,
+            computed=padded if planned is None else planned.computed,
+            scored=len(piece["rows"]),
+        )
+    return dict(total)
+
+
+class _Steps:
+    """Runs optimizer steps as the trainers do."""
+
+    def __init__(
+        self, model: nn.Module, settings: ModelSettings, recorder: Recorder, planned: PlannedHead,
+        optimizer: OptimizerSettings, autocast: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.model, self.settings, self.recorder, self.planned = model, settings, recorder, planned
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.autocast = autocast
+        self.optimizer = optimizer.cls(self.trainable, **optimizer.kwargs)
+
+    def run(self, pieces: Sequence[Batch]) -> None:
+        for piece in pieces:
+            self._pass(piece)
+        with self.recorder.phase("optimizer"):
+            if self.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm)
+            try:
+                self.optimizer.step()
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                name = type(self.optimizer).__name__
+                raise ValueError(f"{name} does not run without memory, so it cannot be planned: {error}") from error
+            self.optimizer.zero_grad()
+        self.recorder.end_pass()
+
+    def _pass(self, piece: Batch) -> None:
+        recorder, compute = self.recorder, contextlib.nullcontext()
+        if self.autocast is not None:
+            compute = torch.autocast("cpu", dtype=self.autocast)  # type: ignore[assignment]
+        with recorder.phase("batch"):
+            batch = {
+                name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+                for name, value in piece.items()
+            }
+        layout = plan_layout(piece, self.settings.layout)
+        with recorder.phase("forward"), compute:
+            if self.settings.scalar:
+                loss = run_layout(self.model, batch, layout, self._scores)
+            else:
+                loss = run_layout(self.model, batch, layout, self.planned(_largest_group(piece)))
+        with recorder.phase("backward"):
+            loss.backward()
+        del loss
+        recorder.rename((p.grad for p in self.trainable if p.grad is not None), "gradients")
+        recorder.end_pass()
+
+    def _scores(self, hidden: Tensor, head: Any) -> Tensor:
+        linear = scalar_head(self.model)
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(hidden.float(), linear.weight.float()).sum()
+
+
+def _largest_group(piece: Batch) -> int:
+    """Scored rows of the example that has most of them."""
+    counts = np.diff(np.asarray(piece["cu_seqlens"]))
+    return int(np.bincount(np.asarray(piece["groups"]), weights=counts).max(initial=1))

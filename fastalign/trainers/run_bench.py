@@ -1,0 +1,225 @@
+"""A few real steps of a run in a process of its own: peak memory and time, to hold against its plan."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
+
+from fastalign.ops.workspace import free_workspace
+from fastalign.trainers.config import TrainerConfig
+from fastalign.trainers.loading import load_tokenizer
+from fastalign.trainers.run_plan import RunPlan, made_examples, replace_fields, run_plan
+
+_MARK = "FASTALIGN_STEP_BENCH "
+
+
+class StepMeasurement(NamedTuple):
+    """peak_bytes: most that the steps took beyond a process that has its libraries loaded and used (CPU: resident,
+    CUDA: allocated); process_bytes: what that process takes; seconds: of each step, the first of which warms up."""
+
+    peak_bytes: int
+    process_bytes: int
+    seconds: list[float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over all steps but the first."""
+        later = sorted(self.seconds[1:] or self.seconds)
+        return later[len(later) // 2]
+
+
+def measure_steps(
+    trainer: str, config_class: tuple[str, str], given: dict[str, Any], *, tokens: int | None = None, steps: int = 4,
+    micro_batch_tokens: int | None = None, timeout: float = 3600.0,
+) -> StepMeasurement:  # fmt: skip
+    """Train `steps` steps on the heaviest batch of a run, with random weights, in a fresh process.
+
+    trainer: class in fastalign.trainers; config_class: module and name; given: its fields, JSON-able. tokens: made
+    sequences of so many tokens instead of the run's data. Other arguments as in `RunPlan`.
+
+    Raises RuntimeError with the process's last words if it fails; ValueError where peak memory cannot be read.
+    """
+    if not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available():
+        raise ValueError("peak memory of a process on the CPU is read from /proc, which only Linux has")
+    order = {
+        "trainer": trainer, "config": list(config_class), "given": given, "tokens": tokens, "steps": steps,
+        "micro_batch_tokens": micro_batch_tokens,
+    }  # fmt: skip
+    code = "from fastalign.trainers.run_bench import child; child()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], input=json.dumps(order), capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip
+    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if not found:
+        raise RuntimeError(f"the measured process failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
+    return StepMeasurement(**json.loads(found[-1].removeprefix(_MARK)))
+
+
+# In the measured process ----------------------------------------------------------------------------------------------
+
+
+def child() -> None:
+    """Read an order from stdin, run it, print the measurement."""
+    import importlib
+    import logging
+
+    order = json.loads(sys.stdin.read())
+    logging.getLogger("fastalign").setLevel(logging.WARNING)
+    module, name = order["config"]
+    trainer_class = getattr(importlib.import_module("fastalign.trainers"), order["trainer"])
+    with tempfile.TemporaryDirectory() as folder:
+        fields = order["given"] | _overrides(folder, order["steps"])
+        config_class = getattr(importlib.import_module(module), name)
+        if "precompute_ref_log_probs" in config_class.__dataclass_fields__:
+            fields["cache_dir"] = f"{folder}/cache"
+        args = config_class(**fields)
+        plan = run_plan(args, tokens=order["tokens"])
+        limit = order["micro_batch_tokens"]
+        args.micro_batch_tokens = plan.micro_batch_tokens if limit is None else limit
+        print(_MARK + json.dumps(_measured(plan, args, trainer_class)._asdict()))
+
+
+def _overrides(folder: str, steps: int) -> dict[str, Any]:
+    """Of a run that is only measured."""
+    return {
+        "output_dir": folder, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
+        "dataset_test_split": None, "train_sampling_strategy": "sequential", "disable_tqdm": True, "logging_steps": 1,
+        "push_to_hub": False, "max_tokens_per_batch": None, "load_best_model_at_end": False,
+    }  # fmt: skip
+
+
+def _measured(plan: RunPlan, args: TrainerConfig, trainer_class: Any) -> StepMeasurement:
+    set_seed(args.seed)
+    heaviest = plan.heaviest(args.micro_batch_tokens or 0).tolist()
+    rows = [plan.data[i] for i in heaviest] * (args.gradient_accumulation_steps * args.max_steps)
+    data = Dataset.from_list(rows)
+    tokenizer = _tokenizer(args)
+    on_gpu = args.device.type == "cuda"
+    _warm_up(plan, args, trainer_class, tokenizer)
+    _give_back()
+    clock = _Clock(on_gpu)
+    process = _status("VmRSS")
+    trainer = trainer_class(
+        model=_random_model(plan, plan.config),
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") - process
+    return StepMeasurement(peak, process, clock.seconds)
+
+
+def _tokenizer(args: TrainerConfig) -> Any:
+    """The model's tokenizer, or one that only has a padding token, where none is there."""
+    try:
+        assert args.model_name_or_path is not None
+        return load_tokenizer(None, args.model_name_or_path, args)
+    except (OSError, ValueError):
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+
+        words = {"<pad>": 0, "<eos>": 1}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+        )
+
+
+def _random_model(plan: RunPlan, config: PretrainedConfig) -> nn.Module:
+    """A model of this config with random weights, as the run loads it, before any adapter."""
+    settings, auto = plan.model, AutoModelForCausalLM
+    config = copy.deepcopy(config)
+    if settings.scalar:
+        auto, config.num_labels, config.problem_type = AutoModelForSequenceClassification, 1, "regression"
+    given = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    model: nn.Module = auto.from_config(config, dtype=settings.dtype, **given)
+    return model
+
+
+_TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+    "num_hidden_layers": 1, "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def _warm_up(plan: RunPlan, args: TrainerConfig, trainer_class: Any, tokenizer: Any) -> None:
+    """The run itself on a model of its class that is as small as can be: afterwards code, threads, libraries' buffers
+    and the interpreter's objects are there, which no plan counts.
+    """
+    config = copy.deepcopy(plan.config)
+    for name, value in _TINY.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with tempfile.TemporaryDirectory() as folder:
+        small = replace_fields(args, output_dir=folder, max_steps=1, per_device_train_batch_size=1)
+        if hasattr(small, "cache_dir"):
+            small.cache_dir = f"{folder}/cache"
+        data, _ = made_examples(small, 16, small.gradient_accumulation_steps)
+        trainer_class(
+            model=_random_model(plan, config), args=small, train_dataset=data, processing_class=tokenizer
+        ).train()  # fmt: skip
+
+
+def _status(name: str) -> int:
+    """Bytes of this process by the kernel's account."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each step; memory is counted from the first on."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.seconds: list[float] = []
+        self._on_gpu = on_gpu
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self.seconds:
+            self._restart()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def _restart(self) -> None:
+        """Forget what preparing the run took: reference log-probs, above all."""
+        _give_back()
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _give_back() -> None:
+    """Free what nobody uses, and give it back to the system."""
+    gc.collect()
+    free_workspace()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -152,7 +152,7 @@ def _prepare(
     if judged:
         raise ValueError(
             f"the first {_INSPECTED_ROWS} rows hold no judgement: chosen and rejected, or prompt and completions with "
-            "rank or score, or prompt and completion with label are accepted"
+            "rank, score or ranking, or prompt and completion with label are accepted"
         )
     return prepare_completions(dataset, tokenizer, **options)
 

@@ -50,6 +50,7 @@ from fastalign.trainers.sft_data import completion_examples, packed, prepare_tok
 from fastalign.trainers.token_batches import example_tokens
 
 RESPONSES = 4  # of a list, where no data say how many
+_AS_FULL = 0.95
 _RECORDED = 2  # passes of a step that are recorded: the first of them, which is the largest, again with gradients there
 
 
@@ -147,22 +148,22 @@ class RunPlan:
         return example_tokens(self.data).computed(self.model.layout)
 
     def heaviest(self, micro_batch_tokens: int) -> np.ndarray:
-        """Numbers of the examples of a device batch that hold the fullest pass that the data allow, again and again.
+        """Numbers of the examples of a device batch that holds a pass as full as the data allow, again and again.
 
-        A pass takes whole examples. Which number of equally long ones fills it best is found over the data's own
-        lengths; where nothing is cut, these are the longest examples.
+        A pass takes whole examples. How many of about one length fill it is found over the data's own lengths; of
+        what fills it about as well, the longest examples are taken, because more passes then follow the first with
+        gradients in memory. Where nothing is cut, these are the longest examples of all.
         """
         count = self.args.per_device_train_batch_size
         order = np.argsort(-self.sizes, kind="stable")
-        best = order[:count]
-        if micro_batch_tokens:
-            best, fill = order[:1], int(self.sizes[order[0]])
-            for number in range(1, min(count, len(order)) + 1):
-                start = int(np.searchsorted(-self.sizes[order], -(micro_batch_tokens // number)))
-                chosen = order[start : start + number]
-                if len(chosen) == number and int(self.sizes[chosen].sum()) > fill:
-                    best, fill = chosen, int(self.sizes[chosen].sum())
-        return np.resize(best, count)
+        if not micro_batch_tokens:
+            return np.resize(order[:count], count)
+        candidates = [order[:1]]
+        for number in range(1, min(count, len(order)) + 1):
+            start = int(np.searchsorted(-self.sizes[order], -(micro_batch_tokens // number)))
+            candidates.append(order[start : start + number])
+        fills = np.array([int(self.sizes[chosen].sum()) for chosen in candidates])
+        return np.resize(candidates[int(np.argmax(fills >= _AS_FULL * fills.max()))], count)
 
     def batch(self, micro_batch_tokens: int) -> Batch:
         """The heaviest device batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,81 +31,24 @@ from fastalign.planning import (
 from fastalign.trainers.batches import Batch, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.dpo_setup import examples_of
 from fastalign.trainers.examples import Examples
 from fastalign.trainers.loading import (
     adapter_base,
     autocast_dtype,
-    load_tokenizer,
     loading_arguments,
     lora_config,
     resolve_dtype,
 )
-from fastalign.trainers.pro_config import PROConfig
-from fastalign.trainers.pro_examples import ListExamples
 from fastalign.trainers.reward import scalar_adapter_config
 from fastalign.trainers.reward_config import RewardConfig
-from fastalign.trainers.reward_examples import RewardExamples
+from fastalign.trainers.run_data import made_examples, read_examples
 from fastalign.trainers.sft_config import SFTConfig
-from fastalign.trainers.sft_data import completion_examples, packed, prepare_tokenizer
 from fastalign.trainers.token_batches import example_tokens
 
-RESPONSES = 4  # of a list, where no data say how many
 _AS_FULL = 0.95
-_RECORDED = 2  # passes of a step that are recorded: the first of them, which is the largest, again with gradients there
-
-
-def examples_for(args: TrainerConfig, tokenizer: Any) -> Examples:
-    """The trainer's way from rows to tokens and batches."""
-    if isinstance(args, DPOConfig):
-        return examples_of(tokenizer, args)
-    if isinstance(args, PROConfig):
-        return ListExamples(tokenizer, args)
-    if isinstance(args, RewardConfig):
-        return RewardExamples(tokenizer, args)
-    if isinstance(args, SFTConfig):
-        prepare_tokenizer(tokenizer, args)
-        return completion_examples(tokenizer, args)
-    raise ValueError(f"{type(args).__name__}: plans are made for SFTConfig, RewardConfig, DPOConfig and PROConfig")
-
-
-def read_examples(args: TrainerConfig, model: str) -> tuple[Dataset, Examples]:
-    """The tokenised training set of a run. ValueError where the config names none."""
-    examples = examples_for(args, load_tokenizer(None, model, args))
-    data = examples.training(None)
-    if data is None:
-        raise ValueError("dataset_name is missing: give it, or the tokens of a sequence")
-    if isinstance(args, SFTConfig) and args.packing:
-        data = packed(data, "train", args)
-    return data, examples
-
-
-class _AnyTokenizer:
-    """Stands for the tokenizer where nothing is tokenised."""
-
-    pad_token_id = eos_token_id = 0
-
-
-def made_examples(args: TrainerConfig, tokens: int, count: int) -> tuple[Dataset, Examples]:
-    """`count` examples of sequences of `tokens` tokens, half of them the prompt's; all of them SFT's but the first."""
-    if tokens < 4:
-        raise ValueError(f"tokens={tokens}: a sequence has at least 4")
-    prompt, response = [0] * (tokens // 2), [1] * (tokens - tokens // 2)
-    row: dict[str, Any] = {"prompt_ids": prompt, "row": 0}
-    if isinstance(args, SFTConfig):
-        row = {"input_ids": prompt + response, "completion_mask": [False] + [True] * (tokens - 1), "row": 0}
-    elif isinstance(args, PROConfig):
-        row |= {"response_ids": [response] * RESPONSES, "ranks": [float(i + 1) for i in range(RESPONSES)]}
-    elif isinstance(args, DPOConfig) and not args.on_pairs:
-        row |= {"completion_ids": response, "label": True}
-        if args.needs_kl:
-            row["kl_completion_ids"] = response
-    else:
-        row |= {"chosen_ids": response, "rejected_ids": response}
-    tokenizer = _AnyTokenizer()
-    if isinstance(args, SFTConfig):
-        return Dataset.from_list([row] * count), completion_examples(tokenizer, args)
-    return Dataset.from_list([row] * count), examples_for(args, tokenizer)
+# Passes of a step that are recorded: the largest, and after it some with gradients there. On the CPU more of them, after
+# which malloc's holes are as they will be.
+_RECORDED = {"cpu": 4, "cuda": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +122,7 @@ class RunPlan:
         pieces = split_batch(self.batch(limit), limit, layout=layout, multiple_of=self.args.pad_to_multiple_of)
         passes = pieces * accumulated
         record = record_step(
-            self.config, passes[:_RECORDED], model=self.model, head=self.head, optimizer=self.optimizer,
+            self.config, passes[: _RECORDED[self.device_type]], model=self.model, head=self.head, optimizer=self.optimizer,
             autocast=self.autocast,
         )  # fmt: skip
         tokens = count_tokens(passes, layout)
@@ -197,7 +141,7 @@ class RunPlan:
             flops=scaled_flops(record, tokens["computed"]),
             tokens=tokens,
             passes=len(passes),
-            pass_tokens=max(count_tokens([piece], layout)["computed"] for piece in pieces[:_RECORDED]),
+            pass_tokens=max(count_tokens([piece], layout)["computed"] for piece in pieces),
             head=str(record.plans[0]) if record.plans else "a score of each sequence",
         )
 
@@ -227,8 +171,6 @@ class RunPlan:
 
 def replace_fields(args: TrainerConfig, **fields: Any) -> Any:
     """A shallow copy of a config with other fields, without its checks."""
-    import copy
-
     changed = copy.copy(args)
     for name, value in fields.items():
         setattr(changed, name, value)

@@ -46,8 +46,8 @@ from fastalign.trainers.sft_config import SFTConfig
 from fastalign.trainers.token_batches import example_tokens
 
 _AS_FULL = 0.95
-# Passes of a step that are recorded: the largest, and after it some with gradients there. On the CPU more of them, after
-# which malloc's holes are as they will be.
+# Passes of a step that are recorded: the largest, and after it some with gradients there; on the CPU more of them, until
+# malloc's holes are as they will be.
 _RECORDED = {"cpu": 4, "cuda": 2}
 
 
@@ -121,10 +121,10 @@ class RunPlan:
         layout, accumulated = self.model.layout, self.args.gradient_accumulation_steps
         pieces = split_batch(self.batch(limit), limit, layout=layout, multiple_of=self.args.pad_to_multiple_of)
         passes = pieces * accumulated
+        recorded = passes[: _RECORDED[self.device_type]]
         record = record_step(
-            self.config, passes[: _RECORDED[self.device_type]], model=self.model, head=self.head, optimizer=self.optimizer,
-            autocast=self.autocast,
-        )  # fmt: skip
+            self.config, recorded, model=self.model, head=self.head, optimizer=self.optimizer, autocast=self.autocast
+        )
         tokens = count_tokens(passes, layout)
         beside = {"reference": self.reference_bytes(record.parameters, record.trainable)}
         if self.args.world_size > 1:

@@ -46,7 +46,7 @@ from fastalign.trainers.sft_config import SFTConfig
 from fastalign.trainers.token_batches import example_tokens
 
 _AS_FULL = 0.95
-# Passes of a step that are recorded: the largest, and after it some with gradients there; on the CPU more of them, until
+# Passes of a step that are recorded: the largest, and some more with gradients there; on the CPU several, until
 # malloc's holes are as they will be.
 _RECORDED = {"cpu": 4, "cuda": 2}
 

@@ -73,11 +73,17 @@ def head_tables(path: Path) -> list[str]:
 def step_table(path: Path) -> list[str]:
     rows = newest(path, ("provider", "model", "batch"))
     body = [
-        (row["model"], row["provider"], number(row["step_seconds"]), number(row["time_over_trl"]),
-         number(row["peak_training_mib"], 0), number(row["memory_over_trl"]))
+        (row["model"], row["provider"], number(row["step_seconds"]),
+         *(number(row[name]) if row.get(name) else "" for name in ("time_over_trl", "time_over_trl_precomputed",
+                                                                   "time_over_better_naive")),
+         number(row["peak_training_mib"], 0), number(row["memory_over_trl"]) if row.get("memory_over_trl") else "",
+         number(row["reference_rate_over_trl"]) if row.get("reference_rate_over_trl") else "")
         for row in rows
     ]  # fmt: skip
-    head = ("model", "trainer", "s per step", "time ÷ TRL", "MiB above the bare process", "memory ÷ TRL")
+    head = (
+        "model", "trainer", "s per step", "time ÷ TRL", "time ÷ TRL precomputed", "time ÷ better loop by hand",
+        "MiB above the bare process", "memory ÷ TRL", "reference tokens/s ÷ TRL's",
+    )  # fmt: skip
     return [
         "",
         f"**A DPO step, end to end** ({rows[0]['batch']} pairs, max_length 512, float32)",

@@ -66,11 +66,11 @@ class LastLayer:
 
 
 def _last_layer(backbone: PreTrainedModel) -> nn.Module:
-    count = backbone.config.get_text_config(decoder=True).num_hidden_layers
+    count = getattr(backbone.config.get_text_config(decoder=True), "num_hidden_layers", None)
     for module in backbone.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module[-1]
-    raise ValueError(f"{type(backbone).__name__} has no list of its {count} decoder layers")
+    raise ValueError(f"{type(backbone).__name__} has no list of {count} decoder layers")
 
 
 def _child(parent: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -8,19 +8,22 @@ and a free end of more than twice the threshold is given back.
 
 PyTorch asks for addresses that are multiples of 64 and malloc has multiples of 16, so it searches for 96 bytes more,
 and in three of four cases what lies before the aligned address goes back as a chunk of its own, for small objects:
-those of Python and autograd, which live about as long as the pass they are made in. That is why a hole does not take
-the very tensor that left it. Here each such fragment is taken until the pass is over.
+those of Python and autograd. That is why a hole does not take the very tensor that left it. Here each such fragment is
+taken for the next 280 requests, or until the pass is over. The number is the one that is calibrated: it was chosen on
+steps of one small model, with and without checkpointing, and is some layers of a forward pass.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable
 
 from fastalign.planning.recorder import Event
 
 _PAGE, _TOP_PAD = 4096, 128 * 1024
 _ALIGN, _SLACK = 64, 96  # of PyTorch's requests, and what malloc searches for beyond them
+_LIFETIME = 280  # of small objects, in requests
 _THRESHOLD, _MAX_THRESHOLD = 128 * 1024, 32 * 2**20
 
 
@@ -39,7 +42,7 @@ class Heap:
         self._starts: dict[int, int] = {}  # of free chunks: address -> size
         self._ends: dict[int, int] = {}  # and address behind -> address
         self._used: dict[int, tuple[int, int]] = {}  # storage -> (address, -1 where mapped; size)
-        self._fragments: list[int] = []
+        self._fragments: deque[int] = deque()
         self._requests = 0
 
     @property
@@ -75,6 +78,8 @@ class Heap:
             address, lead, size = -1, 0, _up(wanted, _PAGE)
             self._mapped += size
         self._used[storage] = address + lead, size
+        if len(self._fragments) > _LIFETIME:
+            self._give(self._fragments.popleft(), _ALIGN)
         self.peak = max(self.peak, self.resident)
 
     def free(self, storage: int) -> None:
@@ -88,9 +93,8 @@ class Heap:
 
     def end_pass(self) -> None:
         """Small objects of a pass are gone."""
-        fragments, self._fragments = self._fragments, []
-        for address in fragments:
-            self._give(address, _ALIGN)
+        while self._fragments:
+            self._give(self._fragments.popleft(), _ALIGN)
 
     def _lead(self, address: int) -> int:
         """Bytes before an aligned address that a small object takes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
 from fastalign.models import attention, disable_dropout, fuse_head, packing, upcast_trainable
 from fastalign.models.head import base_causal_lm
@@ -127,6 +133,20 @@ def prepare(model: nn.Module, settings: ModelSettings) -> nn.Module:
 def _backbone_only(self: PreTrainedModel, *, head_fn: Callable[[Tensor, Any], Any], **inputs: Any) -> Any:
     """The forward of a fused scalar model looks at the numbers of the rows that it scores; this one has `head_fn`."""
     return head_fn(self.base_model(use_cache=False, **inputs)[0], None)
+
+
+@contextlib.contextmanager
+def nothing_packed() -> Iterator[None]:
+    """Inside, transformers takes positions for those of whole sequences, as they are in a padded batch.
+
+    It would read them to find out; where they have no numbers it plans for the worst, a mask, which the run never has.
+    """
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 def layout_of(model: nn.Module, layout: str) -> str:

@@ -100,10 +100,11 @@ def render(plan: StepPlan, alternatives: Sequence[tuple[str, StepPlan]] = ()) ->
     shared = (
         f"{plan.trainable / plan.parameters:.1%} of them train" if plan.trainable < plan.parameters else "all train"
     )
+    passes = "pass" if plan.passes == 1 else "passes"
     lines = [
         f"{plan.model}: {_count(plan.parameters)} parameters, {shared}; {plan.device_type}, {plan.layout} layout, "
         f"gradient checkpointing {'on' if plan.checkpointing else 'off'}",
-        f"a step: {plan.passes} passes of at most {plan.pass_tokens} computed tokens "
+        f"a step: {plan.passes} {passes} of at most {plan.pass_tokens} computed tokens "
         f"(micro_batch_tokens {plan.micro_batch_tokens or 'unlimited'}); "
         f"tokens {plan.tokens['padded']} padded, {plan.tokens['real']} real, {plan.tokens['computed']} computed, "
         f"{plan.tokens['scored']} scored",
@@ -123,9 +124,14 @@ def render(plan: StepPlan, alternatives: Sequence[tuple[str, StepPlan]] = ()) ->
         lines.append("with one setting changed:")
         width = max(len(words) for words, _ in alternatives) + 2
         for words, other in alternatives:
-            memory, work = other.peak_bytes / plan.peak_bytes - 1, other.total_flops / max(plan.total_flops, 1) - 1
-            lines.append(f"  {words:{width}}{other.peak_bytes / 2**20:>10.1f} MiB ({memory:+.0%}), work {work:+.0%}")
+            memory, work = other.peak_bytes / plan.peak_bytes - 1, _per_token(other) / _per_token(plan) - 1
+            change = f"({memory:+.0%}), work of a token {work:+.0%}"
+            lines.append(f"  {words:{width}}{other.peak_bytes / 2**20:>10.1f} MiB {change}")
     return "\n".join(lines) + "\n"
+
+
+def _per_token(plan: StepPlan) -> float:
+    return max(plan.total_flops, 1) / max(plan.tokens["computed"], 1)
 
 
 def _count(number: int) -> str:

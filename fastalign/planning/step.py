@@ -18,7 +18,7 @@ from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.models.scalar import scalar_head
 from fastalign.ops.schedule import Plan
 from fastalign.planning.head import HeadSettings, PlannedHead
-from fastalign.planning.models import ModelSettings, materialise, meta_model, prepare
+from fastalign.planning.models import ModelSettings, materialise, meta_model, nothing_packed, prepare
 from fastalign.planning.recorder import WEIGHTS, Event, Recorder
 
 Batch = Mapping[str, Any]
@@ -150,12 +150,12 @@ class _Steps:
                 for name, value in piece.items()
             }
         layout = plan_layout(piece, self.settings.layout)
-        with recorder.phase("forward"), compute:
+        with recorder.phase("forward"), compute, nothing_packed():
             if self.settings.scalar:
                 loss = run_layout(self.model, batch, layout, self._scores)
             else:
                 loss = run_layout(self.model, batch, layout, self.planned(_largest_group(piece)))
-        with recorder.phase("backward"):
+        with recorder.phase("backward"), nothing_packed():
             loss.backward()
         del loss
         recorder.rename((p.grad for p in self.trainable if p.grad is not None), "gradients")

@@ -281,6 +281,12 @@ class TrainerConfig(TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size has no effect with max_tokens_per_batch: leave out one of the two")
+        for name, accepted in (("split_batches", False), ("even_batches", True), ("dispatch_batches", None)):
+            if (value := getattr(self.accelerator_config, name, accepted)) != accepted:
+                raise ValueError(
+                    f"accelerator_config {name}={value!r} with max_tokens_per_batch, whose batches are shared out when "
+                    f"they are made; accepted is {accepted!r}"
+                )
 
 
 def _multiple(given: int | str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The progress bar: loss, margin, accuracy, score, KL and tokens/s beside the step and the time left."""
+"""The progress bar: loss, margin, accuracy, score, KL, tokens/s, padding and sharing beside step and time left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _SHOWN = {
     "score": (("objective/scores",), "{:.3f}"),
     "KL": (("objective/kl",), "{:.3f}"),
     "tokens/s": (("tokens_per_second",), "{:,.0f}"),
+    "padding": (("padding_waste",), "{:.0%}"),
+    "sharing": (("sharing_ratio",), "{:.2f}x"),
 }
 _ALWAYS = ("loss", "objective/scores")  # one of them is in every evaluation: PPO's has no loss
 

@@ -28,7 +28,8 @@ from transformers import (
 from fastalign.ops.workspace import free_workspace
 from fastalign.trainers.config import TrainerConfig
 from fastalign.trainers.loading import load_tokenizer
-from fastalign.trainers.run_plan import RunPlan, made_examples, replace_fields, run_plan
+from fastalign.trainers.run_data import made_examples
+from fastalign.trainers.run_plan import RunPlan, replace_fields, run_plan
 
 _MARK = "FASTALIGN_STEP_BENCH "
 

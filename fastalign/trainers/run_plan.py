@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,80 +31,24 @@ from fastalign.planning import (
 from fastalign.trainers.batches import Batch, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.dpo_setup import examples_of
 from fastalign.trainers.examples import Examples
 from fastalign.trainers.loading import (
     adapter_base,
     autocast_dtype,
-    load_tokenizer,
     loading_arguments,
     lora_config,
     resolve_dtype,
 )
-from fastalign.trainers.pro_config import PROConfig
-from fastalign.trainers.pro_examples import ListExamples
 from fastalign.trainers.reward import scalar_adapter_config
 from fastalign.trainers.reward_config import RewardConfig
-from fastalign.trainers.reward_examples import RewardExamples
+from fastalign.trainers.run_data import made_examples, read_examples
 from fastalign.trainers.sft_config import SFTConfig
-from fastalign.trainers.sft_data import completion_examples, packed, prepare_tokenizer
 from fastalign.trainers.token_batches import example_tokens
 
-RESPONSES = 4  # of a list, where no data say how many
-_RECORDED = 2  # passes of a step that are recorded: the first of them, which is the largest, again with gradients there
-
-
-def examples_for(args: TrainerConfig, tokenizer: Any) -> Examples:
-    """The trainer's way from rows to tokens and batches."""
-    if isinstance(args, DPOConfig):
-        return examples_of(tokenizer, args)
-    if isinstance(args, PROConfig):
-        return ListExamples(tokenizer, args)
-    if isinstance(args, RewardConfig):
-        return RewardExamples(tokenizer, args)
-    if isinstance(args, SFTConfig):
-        prepare_tokenizer(tokenizer, args)
-        return completion_examples(tokenizer, args)
-    raise ValueError(f"{type(args).__name__}: plans are made for SFTConfig, RewardConfig, DPOConfig and PROConfig")
-
-
-def read_examples(args: TrainerConfig, model: str) -> tuple[Dataset, Examples]:
-    """The tokenised training set of a run. ValueError where the config names none."""
-    examples = examples_for(args, load_tokenizer(None, model, args))
-    data = examples.training(None)
-    if data is None:
-        raise ValueError("dataset_name is missing: give it, or the tokens of a sequence")
-    if isinstance(args, SFTConfig) and args.packing:
-        data = packed(data, "train", args)
-    return data, examples
-
-
-class _AnyTokenizer:
-    """Stands for the tokenizer where nothing is tokenised."""
-
-    pad_token_id = eos_token_id = 0
-
-
-def made_examples(args: TrainerConfig, tokens: int, count: int) -> tuple[Dataset, Examples]:
-    """`count` examples of sequences of `tokens` tokens, half of them the prompt's; all of them SFT's but the first."""
-    if tokens < 4:
-        raise ValueError(f"tokens={tokens}: a sequence has at least 4")
-    prompt, response = [0] * (tokens // 2), [1] * (tokens - tokens // 2)
-    row: dict[str, Any] = {"prompt_ids": prompt, "row": 0}
-    if isinstance(args, SFTConfig):
-        row = {"input_ids": prompt + response, "completion_mask": [False] + [True] * (tokens - 1), "row": 0}
-    elif isinstance(args, PROConfig):
-        row |= {"response_ids": [response] * RESPONSES, "ranks": [float(i + 1) for i in range(RESPONSES)]}
-    elif isinstance(args, DPOConfig) and not args.on_pairs:
-        row |= {"completion_ids": response, "label": True}
-        if args.needs_kl:
-            row["kl_completion_ids"] = response
-    else:
-        row |= {"chosen_ids": response, "rejected_ids": response}
-    tokenizer = _AnyTokenizer()
-    if isinstance(args, SFTConfig):
-        return Dataset.from_list([row] * count), completion_examples(tokenizer, args)
-    return Dataset.from_list([row] * count), examples_for(args, tokenizer)
+_AS_FULL = 0.95
+# Passes of a step that are recorded: the largest, and some more with gradients there; on the CPU several, until
+# malloc's holes are as they will be.
+_RECORDED = {"cpu": 4, "cuda": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,22 +92,22 @@ class RunPlan:
         return example_tokens(self.data).computed(self.model.layout)
 
     def heaviest(self, micro_batch_tokens: int) -> np.ndarray:
-        """Numbers of the examples of a device batch that hold the fullest pass that the data allow, again and again.
+        """Numbers of the examples of a device batch that holds a pass as full as the data allow, again and again.
 
-        A pass takes whole examples. Which number of equally long ones fills it best is found over the data's own
-        lengths; where nothing is cut, these are the longest examples.
+        A pass takes whole examples. How many of about one length fill it is found over the data's own lengths; of
+        what fills it about as well, the longest examples are taken, because more passes then follow the first with
+        gradients in memory. Where nothing is cut, these are the longest examples of all.
         """
         count = self.args.per_device_train_batch_size
         order = np.argsort(-self.sizes, kind="stable")
-        best = order[:count]
-        if micro_batch_tokens:
-            best, fill = order[:1], int(self.sizes[order[0]])
-            for number in range(1, min(count, len(order)) + 1):
-                start = int(np.searchsorted(-self.sizes[order], -(micro_batch_tokens // number)))
-                chosen = order[start : start + number]
-                if len(chosen) == number and int(self.sizes[chosen].sum()) > fill:
-                    best, fill = chosen, int(self.sizes[chosen].sum())
-        return np.resize(best, count)
+        if not micro_batch_tokens:
+            return np.resize(order[:count], count)
+        candidates = [order[:1]]
+        for number in range(1, min(count, len(order)) + 1):
+            start = int(np.searchsorted(-self.sizes[order], -(micro_batch_tokens // number)))
+            candidates.append(order[start : start + number])
+        fills = np.array([int(self.sizes[chosen].sum()) for chosen in candidates])
+        return np.resize(candidates[int(np.argmax(fills >= _AS_FULL * fills.max()))], count)
 
     def batch(self, micro_batch_tokens: int) -> Batch:
         """The heaviest device batch."""
@@ -176,10 +121,10 @@ class RunPlan:
         layout, accumulated = self.model.layout, self.args.gradient_accumulation_steps
         pieces = split_batch(self.batch(limit), limit, layout=layout, multiple_of=self.args.pad_to_multiple_of)
         passes = pieces * accumulated
+        recorded = passes[: _RECORDED[self.device_type]]
         record = record_step(
-            self.config, passes[:_RECORDED], model=self.model, head=self.head, optimizer=self.optimizer,
-            autocast=self.autocast,
-        )  # fmt: skip
+            self.config, recorded, model=self.model, head=self.head, optimizer=self.optimizer, autocast=self.autocast
+        )
         tokens = count_tokens(passes, layout)
         beside = {"reference": self.reference_bytes(record.parameters, record.trainable)}
         if self.args.world_size > 1:
@@ -196,7 +141,7 @@ class RunPlan:
             flops=scaled_flops(record, tokens["computed"]),
             tokens=tokens,
             passes=len(passes),
-            pass_tokens=max(count_tokens([piece], layout)["computed"] for piece in pieces[:_RECORDED]),
+            pass_tokens=max(count_tokens([piece], layout)["computed"] for piece in pieces),
             head=str(record.plans[0]) if record.plans else "a score of each sequence",
         )
 
@@ -226,8 +171,6 @@ class RunPlan:
 
 def replace_fields(args: TrainerConfig, **fields: Any) -> Any:
     """A shallow copy of a config with other fields, without its checks."""
-    import copy
-
     changed = copy.copy(args)
     for name, value in fields.items():
         setattr(changed, name, value)

@@ -13,6 +13,7 @@ RUNS = {
     "kto": {"loss_type": "kto"},
     "bco": {"loss_type": "bco"},
     "sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "token budget": {"max_tokens_per_batch": 150, "train_sampling_strategy": "random"},
     "tr-dpo": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "live, adapter": {
         "loss_type": "kto",
@@ -64,7 +65,10 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=list(RUNS))
 def test_two_processes_give_what_one_gives(kit, two, index):
-    one = train(kit, **(list(RUNS.values())[index] | {"per_device_train_batch_size": 8}))
+    settings = list(RUNS.values())[index]
+    # as many pairs a step: twice the batch, or two batches
+    doubled = {"gradient_accumulation_steps": 2} if "max_tokens_per_batch" in settings else {}
+    one = train(kit, **(settings | (doubled or {"per_device_train_batch_size": 8})))
     got, other = two[0][index], two[1][index]
     exact = {"rtol": 1e-9, "atol": 1e-11}
     float32 = {"rtol": 1e-5, "atol": 1e-7}  # adapters are in float32

@@ -50,7 +50,7 @@ def test_the_split_of_a_phase_changes_nothing(kit, whole, split):
     assert len(logs) == len(whole[1]) == 3
     for got, expected in zip(logs, whole[1], strict=True):
         assert expected.keys() - got.keys() <= {"policy/entropy_avg"}
-        for name in (expected.keys() & got.keys()) - TIMES:
+        for name in (expected.keys() & got.keys()) - TIMES - {"padding_waste", "sharing_ratio"}:
             assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 

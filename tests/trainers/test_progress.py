@@ -7,7 +7,7 @@ def test_each_log_is_one_line_where_there_is_no_terminal(kit, capsys):
     kit.trainer(kit.model(), kit.pairs(8), disable_tqdm=False, num_train_epochs=1).train()
     lines = [line for line in capsys.readouterr().err.splitlines() if "step 2/2" in line]
     assert lines
-    for word in ("loss", "margin", "accuracy", "tokens/s"):
+    for word in ("loss", "margin", "accuracy", "tokens/s", "padding 0%", "sharing 1."):
         assert word in lines[0]
 
 

@@ -250,6 +250,10 @@ def test_loader_workers_make_the_same_batches(kit):
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0: a positive number"),
         ({"max_tokens_per_batch": 99, "train_sampling_strategy": "group_by_length"}, "'group_by_length'"),
         ({"max_tokens_per_batch": 99, "auto_find_batch_size": True}, "auto_find_batch_size has no effect"),
+        (
+            {"max_tokens_per_batch": 99, "accelerator_config": {"split_batches": True}},
+            "split_batches=True with max_tok",
+        ),
         ({"max_tokens_per_batch": 99, "loss_type": "aot"}, "max_tokens_per_batch=99: loss_type='aot' sorts over"),
     ],
 )

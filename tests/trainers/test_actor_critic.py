@@ -33,9 +33,9 @@ def test_learning_rates_are_scheduled_alike(kit):
     seen = []
     original = trainer.update_on
 
-    def spy(model, batch):
+    def spy(model, batch, *counts):
         seen.append(sorted({group["lr"] for group in trainer.optimizer.param_groups if group["params"]}))
-        return original(model, batch)
+        return original(model, batch, *counts)
 
     trainer.update_on = spy
     trainer.train()

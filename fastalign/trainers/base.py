@@ -84,7 +84,7 @@ class FusedTrainer(Trainer):
     def _planned(self, batch: Batch, *, every_token: bool = False, seen: int | None = None) -> TokenLayout | None:
         """The layout of a batch, whose tokens are counted if they are trained on; seen: as in `TokenCounter.add`."""
         layout = plan_layout(batch, self.token_layout, every_token=every_token)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and len(batch["rows"]):  # without rows it stands in for a batch
             useful, padded = int(np.sum(batch["lengths"])), batch["input_ids"].numel()
             computed, padding = (padded, padded - useful) if layout is None else (layout.computed, 0)
             self._tokens.add(useful, computed, padding, seen=seen)

@@ -84,11 +84,13 @@ def step_table(path: Path) -> list[str]:
         "model", "trainer", "s per step", "time ÷ TRL", "time ÷ TRL precomputed", "time ÷ better loop by hand",
         "MiB above the bare process", "memory ÷ TRL", "reference tokens/s ÷ TRL's",
     )  # fmt: skip
+    plot = path.with_suffix(".svg")
     return [
         "",
         f"**A DPO step, end to end** ({rows[0]['batch']} pairs, max_length 512, float32)",
         "",
         *table(head, body),
+        *(["", f"![Tokens a second and memory of a DPO step]({plot.relative_to(ROOT)})"] if plot.exists() else []),
     ]
 
 

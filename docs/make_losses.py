@@ -1,61 +1,89 @@
-"""Write the tables of docs/losses.md from the one list of losses: `python docs/make_losses.py`."""
+"""Write the tables of losses.md and policy_losses.md from the lists of losses: `python docs/make_losses.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastalign.losses import DPO_LOSSES, DPOLoss, DPOOptions
+from fastalign.losses.policy_options import POLICY_LOSSES, PolicyLoss
 
-PAGE = Path(__file__).with_name("losses.md")
+DOCS = Path(__file__).parent
 BEGIN = "<!-- losses: begin; written by docs/make_losses.py -->"
 END = "<!-- losses: end -->"
 
+Columns = dict[str, Callable[[str, Any], str]]
 
-def block() -> str:
-    """What stands between the page's markers."""
-    return f"{_table(_FORMULAS, DPO_LOSSES)}\n\n{_table(_NEEDS, DPO_LOSSES)}"
+_FORMULAS: Columns = {
+    "`loss_type`": lambda name, loss: f"`{name}`",
+    "loss": lambda name, loss: loss.formula,
+    "source": lambda name, loss: loss.source,
+}
 
 
-def _options(variant: DPOLoss) -> str:
-    return ", ".join(f"`{name}`" for name in DPOOptions._fields if name in variant.options and name != "beta")
+def _options(loss: DPOLoss) -> str:
+    return ", ".join(f"`{name}`" for name in DPOOptions._fields if name in loss.options and name != "beta")
 
 
-def _schedule(variant: DPOLoss) -> str:
-    if variant.couples_batch:
+def _schedule(loss: DPOLoss) -> str:
+    if loss.couples_batch:
         return "deferred: sorts its batch"
-    if variant.needs_kl:
+    if loss.needs_kl:
         return "streamed, after a pass for z₀"
-    if variant.accepts_shift:
+    if loss.accepts_shift:
         return "streamed, δ from earlier steps"
     return "streamed"
 
 
-_FORMULAS = {
-    "`loss_type`": lambda name, variant: f"`{name}`",
-    "loss": lambda name, variant: variant.formula,
-    "source": lambda name, variant: variant.source,
-}
-_NEEDS = {
-    "`loss_type`": lambda name, variant: f"`{name}`",
-    "learns from": lambda name, variant: variant.rows,
-    "reference": lambda name, variant: "yes" if variant.needs_reference else "none",
-    "schedule": lambda name, variant: _schedule(variant),
-    "options beside `beta`": lambda name, variant: _options(variant) or "none",
+_NEEDS: Columns = {
+    "`loss_type`": lambda name, loss: f"`{name}`",
+    "learns from": lambda name, loss: loss.rows,
+    "reference": lambda name, loss: "yes" if loss.needs_reference else "none",
+    "schedule": lambda name, loss: _schedule(loss),
+    "options beside `beta`": lambda name, loss: _options(loss) or "none",
 }
 
 
-def _table(columns: dict, losses: dict[str, DPOLoss]) -> str:
+def _advantages(loss: PolicyLoss) -> str:
+    return f"`{loss.advantage_estimator}`" + ("" if loss.scale_rewards else ", not divided by the deviation")
+
+
+_DEFAULTS: Columns = {
+    "`loss_type`": lambda name, loss: f"`{name}`",
+    "ratio of a": lambda name, loss: loss.importance_sampling_level,
+    "aggregation": lambda name, loss: f"`{loss.aggregation}`",
+    "ε_low": lambda name, loss: f"{loss.epsilon_low:g}",
+    "ε_high": lambda name, loss: f"{loss.epsilon_high:g}",
+    "advantages": lambda name, loss: _advantages(loss),
+    "KL in the rewards": lambda name, loss: f"{loss.kl_coef:g}",
+    "KL in the loss": lambda name, loss: f"{loss.kl_loss_coef:g}",
+}
+
+PAGES: dict[str, tuple[Mapping[str, Any], Columns]] = {
+    "losses.md": (DPO_LOSSES, _NEEDS),
+    "policy_losses.md": (POLICY_LOSSES, _DEFAULTS),
+}
+
+
+def _table(columns: Columns, losses: Mapping[str, Any]) -> str:
     rows = [list(columns), ["---"] * len(columns)]
-    rows += [[cell(name, variant) for cell in columns.values()] for name, variant in losses.items()]
+    rows += [[cell(name, loss) for cell in columns.values()] for name, loss in losses.items()]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def page(text: str) -> str:
+def block(name: str) -> str:
+    """What stands between the markers of a page."""
+    losses, columns = PAGES[name]
+    return f"{_table(_FORMULAS, losses)}\n\n{_table(columns, losses)}"
+
+
+def page(name: str) -> str:
     """A page with its block made anew."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{block()}\n\n{END}{after}"
+    before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
+    return f"{before}{BEGIN}\n\n{block(name)}\n\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        (DOCS / name).write_text(page(name), encoding="utf-8")

@@ -38,7 +38,7 @@ def enable_segments(model: Model) -> Model:
     if attention.uses_segments(model):
         return model
     refuse_token_adapters(model)
-    _check_class(base)
+    check_packable(base)
     probe = _Probe(base)
     expected = probe.apart()
     attention.install(base)
@@ -73,7 +73,11 @@ def _skip_unneeded(base: PreTrainedModel, probe: _Probe, expected: list[Tensor])
         logger.info("the last layer is computed for every token of a packed batch: %s", error)
 
 
-def _check_class(base: PreTrainedModel) -> None:
+def check_packable(base: PreTrainedModel) -> None:
+    """Raise ValueError, naming it, for a class of models that takes no packed batch, as far as class and config tell.
+
+    Looks at no number, so it works on the meta device.
+    """
     name = type(base).__name__
     if not (base._supports_attention_backend and base._can_set_attn_implementation()):
         raise ValueError(

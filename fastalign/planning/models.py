@@ -20,8 +20,9 @@ from transformers import (
     masking_utils,
 )
 
-from fastalign.models import attention, disable_dropout, fuse_head, packing, upcast_trainable
+from fastalign.models import attention, disable_dropout, fuse_head, upcast_trainable
 from fastalign.models.head import base_causal_lm
+from fastalign.models.packing import check_packable
 
 _MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -154,7 +155,7 @@ def layout_of(model: nn.Module, layout: str) -> str:
     if layout != "auto":
         return layout
     try:
-        packing._check_class(base_causal_lm(model))
+        check_packable(base_causal_lm(model))
     except ValueError:
         return "padded"
     return "shared"

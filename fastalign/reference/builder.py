@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastalign.reference.batches import PromptNotes, plan_scoring
+from fastalign.models.batches import plan_scoring
+from fastalign.reference.batches import PromptNotes
 from fastalign.reference.errors import DamagedFileError
 from fastalign.reference.index import KeyIndex, first_occurrences
 from fastalign.reference.progress import track

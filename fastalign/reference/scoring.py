@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from fastalign.models import Head, disable_segments, enable_segments, fuse_head, unfuse_head
 from fastalign.models.attention import uses_segments
+from fastalign.models.batches import plan_scoring, shared_prefixes
 from fastalign.models.causal import is_fused
 from fastalign.models.head import base_causal_lm
 from fastalign.models.inference import inference, refuse_token_adapters
 from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.ops import linear_logps
-from fastalign.reference.batches import PromptNotes, plan_scoring, shared_prefixes
+from fastalign.reference.batches import PromptNotes
 from fastalign.reference.identity import checked_adapter, unwrap
 from fastalign.reference.progress import track
 from fastalign.reference.sequences import TokenSequence, checked_length

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastalign.data.packing import best_fit_decreasing
+from fastalign.models.batches import prompt_runs
 
 Batch = dict[str, Any]
 
@@ -57,16 +58,22 @@ def computed_tokens(batch: Batch, layout: str) -> int:
     return batch["input_ids"].numel() if layout == "padded" else int(example_tokens(batch, layout).sum())
 
 
-def grouped_by_prompt(batch: Batch) -> Batch:
+def grouped_by_prompt(batch: Batch, max_tokens: int = 0) -> Batch:
     """A batch whose examples are the sequences of a prompt each, instead of single ones: those that may share it.
 
-    batch: with `prompts` (S,), the number of each sequence's prompt, ascending; what is scored is all behind it.
+    batch: single sequences, with `prompts` (S,), the number of each one's prompt; what is scored is all behind it.
+    max_tokens: sequences of a prompt that have more tokens, the prompt counted once, become several examples, so that
+    a piece of the batch need not exceed it; 0 is no limit.
     """
-    _, groups = np.unique(np.asarray(batch["prompts"]), return_inverse=True)
-    prompts = sequence_lengths(batch) - np.diff(batch["cu_seqlens"])
-    prefixes = np.full(int(groups.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(prefixes, groups, prompts)
-    return batch | {"groups": groups, "prefix_lengths": np.where(np.bincount(groups) > 1, prefixes, 0)}
+    prompts, lengths = np.asarray(batch["prompts"]), sequence_lengths(batch)
+    scored = np.diff(batch["cu_seqlens"])
+    order = np.argsort(prompts, kind="stable")
+    starts = prompt_runs(lengths[order], scored[order], prompts[order], max_tokens or int(lengths.sum()))
+    sizes = np.diff(starts, append=len(order))
+    groups = np.empty(len(order), np.int64)
+    groups[order] = np.repeat(np.arange(len(starts)), sizes)
+    first = order[starts]
+    return batch | {"groups": groups, "prefix_lengths": np.where(sizes > 1, (lengths - scored)[first], 0)}
 
 
 def split_batch(

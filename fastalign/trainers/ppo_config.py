@@ -39,25 +39,18 @@ class PPOConfig(TrainerConfig):
 
     learning_rate: float = field(default=1e-6, metadata=described("Peak learning rate of the policy's AdamW."))
     adam_epsilon: float = field(default=1e-5, metadata=described("Epsilon of AdamW."))
-    max_length: int | None = field(
-        default=1024, metadata=described("Tokens of a prompt; response_length bounds what is sampled.")
-    )
+    max_length: int | None = field(default=1024, metadata=described("Tokens of a prompt, without its completion."))
 
     # ---- models
-    sft_model_path: str | None = field(
-        default=None, metadata=described("Another name for model_name_or_path, as in TRL.")
-    )
+    sft_model_path: str | None = field(default=None, metadata=described("TRL's name for model_name_or_path."))
     ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata=described("Folder or hub name of the reference. By default the policy as it is before training."),
+        default=None, metadata=described("Folder or hub name of the reference; by default the policy before training.")
     )
     reward_model_path: list[str] | None = field(
-        default=None,
-        metadata=described("Folders or hub names of reward models (sequence classification with one label)."),
+        default=None, metadata=described("Folders or hub names of reward models (classifiers with one label).")
     )
     reward_funcs: list[str] | None = field(
-        default=None,
-        metadata=described("Python functions as package.module:name, beside reward models; see PPOTrainer."),
+        default=None, metadata=described("Python functions as package.module:name; see PPOTrainer.")
     )
     reward_weights: list[float] | None = field(
         default=None, metadata=described("Weight of each reward model and function, in this order; by default 1.")
@@ -77,8 +70,14 @@ class PPOConfig(TrainerConfig):
     total_episodes: int | None = field(
         default=None, metadata=described("Completions to train on in all, in place of max_steps or num_train_epochs.")
     )
-    num_mini_batches: int = field(
-        default=1, metadata=described("Mini-batches that a phase's completions are cut into.")
+    num_mini_batches: int = field(default=1, metadata=described("Mini-batches that a phase is cut into."))
+    whole_groups: bool | None = field(
+        default=None,
+        metadata=described(
+            "Whether a mini-batch has all completions of a prompt or none, as verl has it, so that they share the "
+            "prompt's tokens. false draws single ones, as TRL's GRPO does. By default true where num_generations "
+            "divides a mini-batch."
+        ),
     )
     num_ppo_epochs: int = field(default=4, metadata=described("How often a phase's completions are gone over."))
     num_generations: int = field(default=1, metadata=described("Completions sampled for each prompt."))
@@ -125,8 +124,7 @@ class PPOConfig(TrainerConfig):
         metadata=described("Do not train on completions that did not end by themselves; they are scored all the same."),
     )
     kl_coef: float | None = field(
-        default=None,
-        metadata=described("Weight of the KL to the reference in the token rewards. " + of_loss_type("kl_coef")),
+        default=None, metadata=described("Weight of the reference KL in the token rewards. " + of_loss_type("kl_coef"))
     )
     kl_estimator: str = field(
         default="k1",
@@ -160,8 +158,7 @@ class PPOConfig(TrainerConfig):
     gamma: float = field(default=1.0, metadata=described("Discount factor."))
     lam: float = field(default=0.95, metadata=described("GAE's lambda."))
     scale_rewards: bool | None = field(
-        default=None,
-        metadata=described("Divide group advantages by their deviation. " + of_loss_type("scale_rewards")),
+        default=None, metadata=described("Divide group advantages by their deviation. " + of_loss_type("scale_rewards"))
     )
     filter_groups: bool = field(
         default=False,
@@ -201,8 +198,7 @@ class PPOConfig(TrainerConfig):
         ),
     )
     cliprange: float | None = field(
-        default=None,
-        metadata=described("How far the ratio may usefully move from 1. " + of_loss_type("cliprange")),
+        default=None, metadata=described("How far the ratio may usefully move from 1. " + of_loss_type("cliprange"))
     )
     cliprange_high: float | None = field(
         default=None,
@@ -227,13 +223,10 @@ class PPOConfig(TrainerConfig):
     )
     sampler_cap: float = field(default=2.0, metadata=described("The largest such weight."))
     penalty_coef: float = field(default=1.0, metadata=described("First coefficient of policy_loss penalty."))
-    penalty_target: float = field(
-        default=0.01, metadata=described("Nats per token of an update, at which that coefficient stays as it is.")
-    )
+    penalty_target: float = field(default=0.01, metadata=described("Nats per token at which that coefficient stays."))
     trpo_max_kl: float = field(default=0.01, metadata=described("Nats per token that a TRPO step may move."))
     kl_loss_coef: float | None = field(
-        default=None,
-        metadata=described("Weight of the KL to the reference in the loss. " + of_loss_type("kl_loss_coef")),
+        default=None, metadata=described("Weight of the reference KL in the loss. " + of_loss_type("kl_loss_coef"))
     )
     kl_loss_estimator: str = field(
         default="k3", metadata=described("Estimator of that KL; k1 has no gradient.", choices=tuple(KL_ESTIMATORS))
@@ -253,7 +246,7 @@ class PPOConfig(TrainerConfig):
         default=None, metadata=described("Peak learning rate of the critic; by default learning_rate.")
     )
     critic_warmup_steps: int = field(
-        default=0, metadata=described("Steps at the beginning in which the critic alone is trained.")
+        default=0, metadata=described("First steps, in which the critic alone is trained.")
     )
     token_metrics: bool = field(default=True, metadata=described("Also log the policy's entropy."))
 
@@ -298,6 +291,12 @@ class PPOConfig(TrainerConfig):
     def mini_batch_size(self) -> int:
         """Completions of an optimizer step, in each process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def drawn_together(self) -> int:
+        """Completions of a prompt that are in a mini-batch together: all of them, or 1."""
+        whole = self.mini_batch_size % self.num_generations == 0 if self.whole_groups is None else self.whole_groups
+        return self.num_generations if whole else 1
 
     @property
     def rollout_batch_size(self) -> int:

@@ -69,23 +69,31 @@ class PassesTrainer(ActorCriticTrainer):
         return self.state.global_step < self.args.critic_warmup_steps
 
     def _members(self, count: int, kept: np.ndarray | None = None) -> list[np.ndarray]:
-        """The completions of each mini-batch, pass after pass, ascending; drawn from the seed and the step.
+        """The completions of each mini-batch, pass after pass, ascending; drawn from the seed and the step, one by one
+        or, with whole_groups, prompt by prompt.
 
         With a filter there are as many mini-batches as without, of about equal size, unless some process has fewer
-        completions than that; the number is the same in all of them. A process with none takes part with empty ones.
+        completions (prompts) than that; the number is the same in all of them. A process with none takes part with
+        empty ones.
         """
         rng = np.random.default_rng([self.args.seed, self.state.global_step, self.accelerator.process_index])
-        orders = [rng.permutation(count) for _ in range(self.args.num_ppo_epochs)]
-        size = self.args.mini_batch_size
+        units = np.arange(count).reshape(-1, self.args.drawn_together)
+        size = self.args.mini_batch_size // self.args.drawn_together
+        orders = [rng.permutation(len(units)) for _ in range(self.args.num_ppo_epochs)]
         if kept is None:
-            return [np.sort(order[i : i + size]) for order in orders for i in range(0, count, size)]
-        number = self._filtered_mini_batches(math.ceil(count / size), int(kept.sum()))
+            return [np.sort(units[order[i : i + size]].ravel()) for order in orders for i in range(0, len(units), size)]
+        left = kept[units].any(axis=1)
+        number = self._filtered_mini_batches(math.ceil(len(units) / size), int(left.sum()))
         if number == 0:
             return []
-        return [np.sort(part) for order in orders for part in np.array_split(order[kept[order]], number)]
+        parts = [units[part].ravel() for order in orders for part in np.array_split(order[left[order]], number)]
+        return [np.sort(part[kept[part]]) for part in parts]
 
     def _filtered_mini_batches(self, unfiltered: int, kept: int) -> int:
-        """Of a pass, in every process; each has a completion in some process. 0 where nothing is kept."""
+        """Of a pass, in every process; each has a completion in some process. 0 where nothing is kept.
+
+        kept: completions of this process, or prompts with any.
+        """
         each = torch.zeros(self.accelerator.num_processes, device=self.args.device)
         each[self.accelerator.process_index] = kept
         fewest, most = self._sum_over_processes(each).aminmax()
@@ -93,7 +101,7 @@ class PassesTrainer(ActorCriticTrainer):
 
     def _mini_batch(self, model: nn.Module, batch: Batch) -> LossOutput:
         """Forward and backward of a mini-batch in pieces of at most `micro_batch_tokens`; in the shared layout
-        completions of one prompt are in one piece.
+        completions of one prompt are in one piece, unless they have more tokens than that.
 
         The loss, detached, is this process's share times their number: its mean over processes is that of the whole.
         """
@@ -108,7 +116,9 @@ class PassesTrainer(ActorCriticTrainer):
         elif warmup:
             policy_coef = 0.0
         losses, metrics = [], []
-        pieces = self._pieces(grouped_by_prompt(batch) if self.token_layout == "shared" else batch)
+        if self.token_layout == "shared":
+            batch = grouped_by_prompt(batch, self.micro_batch_tokens)
+        pieces = self._pieces(batch)
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):

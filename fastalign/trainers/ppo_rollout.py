@@ -189,7 +189,7 @@ class Collector:
     def _values(self, batch: Batch) -> Tensor:
         """(n,) float32, the critic's values at the batch's rows."""
         values = torch.zeros(len(batch["rows"]), device=self.args.device)
-        whole = grouped_by_prompt(batch) | {"position": np.arange(len(values))}
+        whole = grouped_by_prompt(batch, self.tokens) | {"position": np.arange(len(values))}
         with inference(self.model, self.args.device, autocast=self.autocast):
             for piece in split_batch(whole, self.tokens, layout=self.token_layout):
                 _, found = run_layout(self.model, piece, plan_layout(piece, self.token_layout), scores=True)

@@ -133,6 +133,11 @@ def _check_combinations(config: PPOConfig) -> None:
             f"num_generations={config.num_generations} does not divide the {config.rollout_batch_size} completions of "
             "a phase (per_device_train_batch_size × gradient_accumulation_steps × num_mini_batches)"
         )
+    if config.whole_groups and config.mini_batch_size % config.num_generations:
+        raise ValueError(
+            f"whole_groups=True: num_generations={config.num_generations} does not divide the {config.mini_batch_size} "
+            "completions of a mini-batch (per_device_train_batch_size × gradient_accumulation_steps)"
+        )
     if config.advantage_estimator in ("group", "rloo") and config.num_generations < 2:
         raise ValueError(
             f"advantage_estimator={config.advantage_estimator!r} compares the completions of a prompt: "
@@ -180,6 +185,7 @@ def _check_effects(config: PPOConfig) -> None:
         "kl_loss_coef=0": () if config.kl_loss_coef else ("kl_loss_estimator",),
         "kl_coef=0": () if config.kl_coef else ("kl_estimator",),
         "sampler_correction=None": () if config.sampler_correction else ("sampler_cap",),
+        "num_generations=1": ("whole_groups",) if config.num_generations == 1 else (),
         "overlong_buffer=None": () if config.overlong_buffer else ("overlong_penalty",),
         "policy_loss='trpo' and no critic": (
             ("num_ppo_epochs",) if config.policy_loss == "trpo" and config.advantage_estimator != "gae" else ()

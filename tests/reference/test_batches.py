@@ -1,4 +1,4 @@
-"""What is scored together: prompts once, batches within their tokens, the longest first."""
+"""Sequences that are scored together: in every layout the log-probs of each alone."""
 
 import gzip
 import json
@@ -6,57 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from fastalign.models import enable_segments
 from fastalign.models.attention import uses_segments
 from fastalign.reference import ReferenceCache, ReferenceModel, score
-from fastalign.reference.batches import PromptNotes, plan_scoring, shared_prefixes
+from fastalign.reference.batches import PromptNotes
 from fastalign.reference.scoring import ModelScorer
 from fastalign.reference.sequences import TokenSequence
-
-GROUPS = st.lists(
-    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=5)), min_size=1, max_size=30
-)
-
-
-def flat(groups):
-    lengths = np.array([p + c for p, members in groups for c in members])
-    completions = np.array([c for _, members in groups for c in members])
-    return lengths, completions, np.repeat(np.arange(len(groups)), [len(members) for _, members in groups])
-
-
-@settings(max_examples=60, deadline=None)
-@given(GROUPS, st.sampled_from(["padded", "packed", "shared"]), st.integers(10, 200))
-def test_batches_partition_the_sequences(groups, layout, budget):
-    lengths, completions, prompts = flat(groups)
-    batches = plan_scoring(lengths, completions, prompts, budget, layout)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    for batch in batches:
-        tokens = lengths[batch].sum()
-        if layout == "padded":
-            tokens = len(batch) * lengths[batch].max()
-        if layout == "shared":
-            used = {int(prompts[i]): int(lengths[i] - completions[i]) for i in batch}
-            tokens = sum(used.values()) + completions[batch].sum()
-        assert tokens <= budget or len(batch) == 1
-    longest = [lengths[batch].max() for batch in batches]
-    assert longest[0] == lengths.max() or layout == "shared"
-    if layout == "shared":
-        where = np.empty(len(lengths), int)
-        for number, batch in enumerate(batches):
-            where[batch] = number
-        for group, (prompt, members) in enumerate(groups):
-            if prompt + sum(members) <= budget:
-                assert len(set(where[prompts == group].tolist())) == 1
-
-
-def test_nothing_gives_no_batches():
-    none = np.zeros(0, np.int64)
-    for layout in ("padded", "packed", "shared"):
-        assert plan_scoring(none, none, none, 100, layout) == []
 
 
 @pytest.mark.parametrize("convert", [list, np.array], ids=["list", "array"])
@@ -66,19 +23,6 @@ def test_equal_prompts_have_equal_numbers(convert):
     assert [start for _, start in notes] == [2, 2, 1]
     first, second, third = notes.prompts.tolist()
     assert first == second != third
-
-
-def test_common_tokens():
-    ids = np.array([[1, 2, 3, 4, 0], [1, 2, 3, 5, 6], [1, 2, 9, 0, 0], [1, 2, 9, 8, 0], [7, 0, 0, 0, 0]])
-    groups, prefixes = shared_prefixes(ids, np.array([4, 5, 3, 4, 1]), [2, 2, 2, 3, 1])
-    assert groups.tolist() == [0, 0, 0, 1, 2]  # the fourth begins elsewhere
-    assert prefixes.tolist() == [2, 0, 0]
-    groups, prefixes = shared_prefixes(ids[:2], np.array([4, 5]), [2, 2])
-    assert prefixes.tolist() == [3]  # completions that begin alike share that too
-    groups, prefixes = shared_prefixes(ids[[2, 2]], np.array([3, 3]), [2, 2])
-    assert prefixes.tolist() == [3]
-    groups, prefixes = shared_prefixes(ids[[0, 4]], np.array([4, 1]), [2, 2])
-    assert groups.tolist() == [0, 1]
 
 
 # ---- with models

@@ -99,7 +99,7 @@ def _shortened(example, index):
 PPO = {
     "critic": {}, "head": {"value_head": True},
     "grpo": {"loss_type": "grpo", "num_generations": 4}, "gspo": {"loss_type": "gspo", "num_generations": 4},
-    "cut": {"loss_type": "grpo", "num_generations": 4, "micro_batch_tokens": 50},
+    "cut": {"loss_type": "grpo", "num_generations": 4, "micro_batch_tokens": 24},
     "penalty": {"policy_loss": "penalty", "kl_controller": "fixed"},
 }  # fmt: skip
 
@@ -157,6 +157,16 @@ def test_completions_of_a_prompt_are_grouped():
     grouped = grouped_by_prompt(batch)
     assert grouped["groups"].tolist() == [0, 0, 1, 2, 2, 2]
     assert grouped["prefix_lengths"].tolist() == [3, 0, 4]
+    # a prompt and two of its three completions are 13 tokens
+    cut = grouped_by_prompt(batch, max_tokens=13)
+    assert cut["groups"].tolist() == [0, 0, 1, 2, 2, 3]
+    assert cut["prefix_lengths"].tolist() == [3, 0, 4, 0]
+    # wherever in the batch they are
+    order = np.array([3, 0, 5, 2, 1, 4])
+    mixed = {"prompts": batch["prompts"][order], "lengths": batch["lengths"][order], "groups": np.arange(6)}
+    mixed["cu_seqlens"] = np.concatenate([[0], np.cumsum(np.diff(batch["cu_seqlens"])[order])])
+    assert grouped_by_prompt(mixed)["groups"].tolist() == [2, 0, 2, 1, 0, 2]
+    assert grouped_by_prompt(mixed)["prefix_lengths"].tolist() == [3, 0, 4]
 
 
 def test_what_is_logged_of_tokens():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastalign.trainers.batches import computed_tokens
+
 ADAPTIVE = {"kl_controller": "adaptive", "target_kl": 0.5, "kl_horizon": 20}
 PENALTY = {"policy_loss": "penalty", "penalty_target": 0.001}
 
@@ -32,6 +34,55 @@ def test_every_completion_is_in_one_mini_batch_of_a_pass(kit):
     trainer.state.global_step = 1
     assert [part.tolist() for part in trainer._members(8)] != again  # another phase, another order
     assert [len(part) for part in trainer._members(5)] == [2, 2, 1] * 3  # the last phase of an epoch
+
+
+GROUPS = {"loss_type": "grpo", "num_generations": 4, "per_device_train_batch_size": 8, "num_mini_batches": 2}
+
+
+def test_a_mini_batch_has_all_completions_of_a_prompt(kit):
+    trainer = kit.ppo(num_ppo_epochs=3, **GROUPS)
+    assert trainer.args.drawn_together == 4
+    members = trainer._members(16)
+    prompts = [tuple(part.reshape(-1, 4)[:, 0] // 4) for part in members]
+    for part, own in zip(members, prompts, strict=True):
+        assert part.tolist() == [4 * prompt + i for prompt in own for i in range(4)]
+    assert all(sorted(prompts[i] + prompts[i + 1]) == [0, 1, 2, 3] for i in (0, 2, 4))
+    assert len(set(prompts)) > 2  # drawn anew for every pass
+    # a filter takes single ones out, and prompts of which none is left
+    kept = np.ones(16, bool)
+    kept[[4, 5, 6, 7, 9]] = False
+    parts = trainer._members(16, kept)
+    assert len(parts) == 6
+    for i in (0, 2, 4):
+        assert sorted(np.concatenate(parts[i : i + 2]).tolist()) == np.flatnonzero(kept).tolist()
+        assert not {p // 4 for p in parts[i].tolist()} & {p // 4 for p in parts[i + 1].tolist()}
+
+
+def test_completions_can_be_drawn_singly(kit):
+    """As TRL's GRPO does; and where a prompt's completions are more than a mini-batch, it is the only way."""
+    trainer = kit.ppo(num_ppo_epochs=1, whole_groups=False, **GROUPS)
+    halves = [part.tolist() for part in trainer._members(16)]
+    assert any(len({p // 4 for p in half}) == 4 for half in halves)
+    assert kit.ppo_config(**GROUPS | {"per_device_train_batch_size": 2, "num_mini_batches": 4}).drawn_together == 1
+
+
+def test_a_prompt_is_computed_once_in_each_mini_batch(kit):
+    """Whole groups save more than what meets by chance, and pieces keep to micro_batch_tokens for any group."""
+    ratios = {}
+    for whole in (True, False):
+        trainer = kit.ppo(
+            max_steps=1, whole_groups=whole, sampler=kit.fixed_answers(6), train=kit.prompts(8, longest=30), **GROUPS
+        )
+        trainer.train()
+        ratios[whole] = kit.logs(trainer)[0]["sharing_ratio"]
+    assert ratios[True] > 1.2 * ratios[False] > 1.2
+    trainer = kit.ppo(max_steps=1, micro_batch_tokens=40, train=kit.prompts(8, longest=20), **GROUPS)
+    pieces = spied(trainer, "_pieces")
+    trainer.train()
+    seen = [piece for own in pieces for piece in own]
+    assert any(len(piece["lengths"]) > 1 for piece in seen)
+    for piece in seen:
+        assert computed_tokens(piece, "shared") <= 40 or len(piece["lengths"]) == 1
 
 
 def test_an_optimizer_step_for_each_mini_batch(kit):

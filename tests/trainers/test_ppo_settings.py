@@ -59,6 +59,11 @@ REFUSED = [
     ({"stop_token": "a", "stop_token_id": 3}, "name one token in two ways"),
     ({"value_head": True, "value_model_path": "m"}, "has no critic of its own"),
     ({"sft_model_path": "a", "model_name_or_path": "b"}, "name two policies"),
+    (
+        {"num_generations": 3, "whole_groups": True, "loss_type": "grpo", "num_mini_batches": 3},
+        "whole_groups=True: num_generations=3 does not divide the 4 completions of a mini-batch",
+    ),
+    ({"whole_groups": False}, "whole_groups=False has no effect with num_generations=1"),
     ({"local_rollout_forward_batch_size": 4}, "rollout_batch_tokens bounds a batch"),
     ({"num_sample_generations": 4}, "evaluate\\(\\) samples from the evaluation prompts"),
     ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen is not supported"),

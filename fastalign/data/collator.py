@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastalign.data.fields import column, given, name_of, reference_tensors
 from fastalign.data.prefixes import prefix_lengths
 from fastalign.types import IGNORE_INDEX
 
@@ -48,8 +49,8 @@ class PreferenceCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:
             raise ValueError("there are no examples to collate")
-        prompts = [_column(example, "prompt_ids", np.int64) for example in examples] * 2
-        completions = [_column(example, f"{side}_ids", np.int64) for side in _SIDES for example in examples]
+        prompts = [column(example, "prompt_ids", np.int64) for example in examples] * 2
+        completions = [column(example, f"{side}_ids", np.int64) for side in _SIDES for example in examples]
         prompt_lengths = np.array([len(ids) for ids in prompts])[:, None]
         completion_lengths = np.array([len(ids) for ids in completions])
         lengths = prompt_lengths + completion_lengths[:, None]  # (2P, 1)
@@ -109,15 +110,17 @@ class CompletionCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:
             raise ValueError("there are no examples to collate")
-        ids = [_column(example, "input_ids", np.int64) for example in examples]
-        trained = [_column(example, "completion_mask", np.bool_) for example in examples]
+        ids = [column(example, "input_ids", np.int64) for example in examples]
+        trained = [column(example, "completion_mask", np.bool_) for example in examples]
         segments = [_segments(example, len(own)) for example, own in zip(examples, ids, strict=True)]
         for example, own, mask, parts in zip(examples, ids, trained, segments, strict=True):
             if len(own) != len(mask):
-                raise ValueError(f"{_name(example)} has {len(own)} input_ids and {len(mask)} values in completion_mask")
+                raise ValueError(
+                    f"{name_of(example)} has {len(own)} input_ids and {len(mask)} values in completion_mask"
+                )
             if mask[np.cumsum(parts) - parts].any():
                 raise ValueError(
-                    f"completion_mask of {_name(example)} is true for a first token, which nothing predicts"
+                    f"completion_mask of {name_of(example)} is true for a first token, which nothing predicts"
                 )
         lengths = np.array([len(own) for own in ids])
         positions = np.arange(_width(lengths, self.pad_to_multiple_of))
@@ -145,9 +148,9 @@ def _segments(example: Mapping[str, Any], length: int) -> np.ndarray:
     """Lengths of the sequences in one example."""
     if "seq_lengths" not in example:
         return np.array([length])
-    parts = _column(example, "seq_lengths", np.int64)
+    parts = column(example, "seq_lengths", np.int64)
     if parts.sum() != length or parts.min() < 1:
-        raise ValueError(f"seq_lengths of {_name(example)} do not add up to its {length} input_ids")
+        raise ValueError(f"seq_lengths of {name_of(example)} do not add up to its {length} input_ids")
     return parts
 
 
@@ -174,34 +177,16 @@ def _width(lengths: np.ndarray, multiple: int | None) -> int:
     return longest if multiple is None else longest + -longest % multiple
 
 
-def _column(example: Mapping[str, Any], key: str, dtype: type) -> np.ndarray:
-    values: np.ndarray = np.asarray(example[key], dtype=dtype)
-    if not len(values):
-        raise ValueError(f"{key} of {_name(example)} is empty")
-    return values
-
-
-def _name(example: Mapping[str, Any]) -> str:
-    return f"row {example['row']}" if "row" in example else "an example"
-
-
 def _reference(examples: Sequence[Mapping[str, Any]], lengths: np.ndarray, cu_seqlens: np.ndarray) -> dict[str, Any]:
     keys = [f"ref_{side}_logps" for side in _SIDES]
-    given = {key in example for example in examples for key in keys}
-    if given == {False}:
+    if not given(examples, *keys):
         return {}
-    if False in given:
-        raise ValueError(
-            f"some examples have {' or '.join(keys)} and some have not; give both with all of them or none"
-        )
-    logps = [_column(example, key, np.float32) for key in keys for example in examples]
+    logps = [column(example, key, np.float32) for key in keys for example in examples]
     for index, (values, length) in enumerate(zip(logps, lengths, strict=True)):
         if len(values) != length:
             side, example = _SIDES[index // len(examples)], examples[index % len(examples)]
             raise ValueError(
-                f"ref_{side}_logps of {_name(example)} has {len(values)} values for {length} {side}_ids; "
+                f"ref_{side}_logps of {name_of(example)} has {len(values)} values for {length} {side}_ids; "
                 "one for each is needed"
             )
-    per_token = np.concatenate(logps)
-    sums = np.add.reduceat(per_token, cu_seqlens[:-1], dtype=np.float64).astype(np.float32)
-    return {"ref_per_token_logps": torch.from_numpy(per_token), "ref_logps": torch.from_numpy(sums)}
+    return reference_tensors(logps, cu_seqlens)

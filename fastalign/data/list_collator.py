@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastalign.data.collator import CompletionCollator
+from fastalign.data.fields import given, joined, name_of, reference_tensors
 from fastalign.data.prefixes import prefix_lengths
 
 
@@ -41,7 +42,7 @@ class ListCollator:
         CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)  # checks both
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        sequences = [_joined(example, ids) for example in examples for ids in example["response_ids"]]
+        sequences = [joined(example, "response_ids", ids) for example in examples for ids in example["response_ids"]]
         if not sequences:
             raise ValueError("there are no examples to collate")
         batch = CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)(sequences)
@@ -49,33 +50,16 @@ class ListCollator:
         batch["groups"] = np.repeat(np.arange(len(examples)), sizes)
         batch["prefix_lengths"] = prefix_lengths(batch["input_ids"].numpy(), batch["lengths"], batch["groups"])
         batch["ranks"] = _per_response(examples, "ranks")
-        if _given(examples, "scores"):
+        if given(examples, "scores"):
             batch["rewards"] = _per_response(examples, "scores")
-        return batch | (_reference(examples, batch["cu_seqlens"]) if _given(examples, "ref_response_logps") else {})
-
-
-def _joined(example: Mapping[str, Any], response: Any) -> dict[str, Any]:
-    prompt, ids = np.asarray(example["prompt_ids"], np.int64), np.asarray(response, np.int64)
-    for name, values in (("prompt_ids", prompt), ("response_ids", ids)):
-        if not len(values):
-            raise ValueError(f"{name} of {_name(example)} {'is' if name == 'prompt_ids' else 'has one that is'} empty")
-    mask = np.arange(len(prompt) + len(ids)) >= len(prompt)
-    return {"input_ids": np.concatenate([prompt, ids]), "completion_mask": mask}
-
-
-def _given(examples: Sequence[Mapping[str, Any]], column: str) -> bool:
-    """Whether the examples have a column. ValueError: some of them."""
-    given = {column in example for example in examples}
-    if len(given) > 1:
-        raise ValueError(f"some examples have {column} and some have not; give it with all of them or none")
-    return given == {True}
+        return batch | (_reference(examples, batch["cu_seqlens"]) if given(examples, "ref_response_logps") else {})
 
 
 def _per_response(examples: Sequence[Mapping[str, Any]], column: str) -> torch.Tensor:
     for example in examples:
         if len(example[column]) != len(example["response_ids"]):
             raise ValueError(
-                f"{column} of {_name(example)} has {len(example[column])} values for "
+                f"{column} of {name_of(example)} has {len(example[column])} values for "
                 f"{len(example['response_ids'])} responses"
             )
     values = np.concatenate([np.asarray(example[column], np.float32) for example in examples])
@@ -87,11 +71,5 @@ def _reference(examples: Sequence[Mapping[str, Any]], cu_seqlens: np.ndarray) ->
     for example in examples:
         counts = [list(map(len, example[name])) for name in ("ref_response_logps", "response_ids")]
         if counts[0] != counts[1]:
-            raise ValueError(f"ref_response_logps of {_name(example)} are not one for each token of its response_ids")
-    per_token = np.concatenate(logps)
-    sums = np.add.reduceat(per_token, cu_seqlens[:-1], dtype=np.float64).astype(np.float32)
-    return {"ref_per_token_logps": torch.from_numpy(per_token), "ref_logps": torch.from_numpy(sums)}
-
-
-def _name(example: Mapping[str, Any]) -> str:
-    return f"row {example['row']}" if "row" in example else "an example"
+            raise ValueError(f"ref_response_logps of {name_of(example)} are not one for each token of its response_ids")
+    return reference_tensors(logps, cu_seqlens)

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from fastalign.data.collator import CompletionCollator
+from fastalign.data.fields import given, joined, name_of, reference_tensors
 from fastalign.data.preparation import fingerprint
 
 KL_COLUMN = "kl_completion_ids"
@@ -62,13 +63,20 @@ def with_mismatched(dataset: Dataset, *, stride: int = 1, max_length: int | None
     partners = _partners(prompts, stride)
     responses = columns["completion_ids"].combine_chunks().take(pyarrow.array(partners))
     if max_length is not None:
-        room = max_length - lengths
-        responses = pyarrow.array(
-            [ids[:n] for ids, n in zip(responses.to_pylist(), room.tolist(), strict=True)], type=responses.type
-        )
+        responses = _shortened(responses, np.maximum(max_length - lengths, 0))
     if KL_COLUMN in dataset.column_names:
         dataset = dataset.remove_columns(KL_COLUMN)
     return dataset.add_column(KL_COLUMN, responses)
+
+
+def _shortened(lists: pyarrow.ListArray, room: np.ndarray) -> pyarrow.ListArray:
+    """Each list up to so many values."""
+    offsets = np.asarray(lists.offsets).astype(np.int64)
+    kept = np.minimum(np.diff(offsets), room)
+    ends = np.cumsum(kept)
+    index = np.arange(kept.sum()) + np.repeat(offsets[:-1] - (ends - kept), kept)
+    bounds = pyarrow.array(np.concatenate([[0], ends]), type=lists.offsets.type)
+    return type(lists).from_arrays(bounds, lists.values.take(pyarrow.array(index)), type=lists.type)
 
 
 def _numbered(column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +111,7 @@ class UnpairedCollator:
 
         input_ids, attention_mask, targets      (S, T) int64; targets aligned with the hidden states
         rows, cu_seqlens, groups, lengths       numpy, as `CompletionCollator` has them; a group is one response
+        prompts                                 (S,) numpy int64: a number that equal prompts have in common
         labels                                  (S,) bool: whether the response is good
         ref_per_token_logps                     (n,) float32 in the order of rows         } only if given
         ref_logps                               (S,) float32, their sums per sequence     }
@@ -122,41 +131,22 @@ class UnpairedCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self._sequences(examples, "completion_ids", "ref_completion_logps")
         batch["labels"] = torch.tensor([bool(example["label"]) for example in examples])
-        given = {KL_COLUMN in example for example in examples}
-        if given == {True}:
+        if given(examples, KL_COLUMN):
             batch["kl"] = self._sequences(examples, KL_COLUMN, "ref_kl_logps")
-        elif True in given:
-            raise ValueError(f"some examples have {KL_COLUMN} and some have not; give it with all of them or none")
         return batch
 
     def _sequences(self, examples: Sequence[Mapping[str, Any]], ids: str, logps: str) -> dict[str, Any]:
-        joined = [_joined(example, ids) for example in examples]
-        batch = CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)(joined)
-        given = {logps in example for example in examples}
-        if given == {False}:
+        sequences = [joined(example, ids) for example in examples]
+        batch = CompletionCollator(self.pad_token_id, self.pad_to_multiple_of)(sequences)
+        numbers: dict[bytes, int] = {}
+        prompts = [np.asarray(example["prompt_ids"], np.int64).tobytes() for example in examples]
+        batch["prompts"] = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
+        if not given(examples, logps):
             return batch
-        if False in given:
-            raise ValueError(f"some examples have {logps} and some have not; give it with all of them or none")
         values = [np.asarray(example[logps], np.float32) for example in examples]
         for example, own, length in zip(examples, values, np.diff(batch["cu_seqlens"]), strict=True):
             if len(own) != length:
                 raise ValueError(
-                    f"{logps} of {_name(example)} has {len(own)} values for {length} {ids}; one for each is needed"
+                    f"{logps} of {name_of(example)} has {len(own)} values for {length} {ids}; one for each is needed"
                 )
-        per_token = np.concatenate(values)
-        sums = np.add.reduceat(per_token, batch["cu_seqlens"][:-1], dtype=np.float64).astype(np.float32)
-        return batch | {"ref_per_token_logps": torch.from_numpy(per_token), "ref_logps": torch.from_numpy(sums)}
-
-
-def _joined(example: Mapping[str, Any], ids: str) -> dict[str, Any]:
-    prompt, completion = (np.asarray(example[name], np.int64) for name in ("prompt_ids", ids))
-    for name, values in (("prompt_ids", prompt), (ids, completion)):
-        if not len(values):
-            raise ValueError(f"{name} of {_name(example)} is empty")
-    mask = np.arange(len(prompt) + len(completion)) >= len(prompt)
-    number = {"row": example["row"]} if "row" in example else {}
-    return number | {"input_ids": np.concatenate([prompt, completion]), "completion_mask": mask}
-
-
-def _name(example: Mapping[str, Any]) -> str:
-    return f"row {example['row']}" if "row" in example else "an example"
+        return batch | reference_tensors(values, batch["cu_seqlens"])

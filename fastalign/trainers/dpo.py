@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
@@ -19,7 +20,7 @@ from fastalign.models.inference import evaluating
 from fastalign.models.layouts import run_layout
 from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
-from fastalign.trainers.batches import Batch, num_examples
+from fastalign.trainers.batches import Batch, grouped_by_prompt, num_examples, select_examples
 from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
 from fastalign.trainers.dpo_reference import named
@@ -236,13 +237,24 @@ class DPOTrainer(FusedTrainer):
         head_fn = fused_loss(self.args, batch, self._around, num_items)
         if self._router_coef:
             output, aux_loss = self.run_model(model, batch, head_fn, output_router_logits=True)
-            items = num_examples(batch)
+            items = self.num_items(batch)
             output = with_router_loss(output, aux_loss, self._router_coef, items=items, num_items=num_items)
         else:
             output = self.run_model(model, batch, head_fn)
         if self._around.shift is not None and num_items is not None:  # in training
             self._around.shift.add(output.metrics)
         return output
+
+    def num_items(self, batch: Batch) -> int:
+        """Pairs, or responses; several of these are one example where they share a prompt."""
+        return num_examples(batch) if self.args.on_pairs else len(batch["lengths"])
+
+    def _pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
+        """Responses to one prompt are in one piece where they share it, unless they have too many tokens together."""
+        if self.token_layout == "shared" and "prompts" in batch:
+            own = batch if examples is None else select_examples(batch, np.arange(examples))
+            batch, examples = grouped_by_prompt(own, self.micro_batch_tokens), None
+        return super()._pieces(batch, examples)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
         """Items of an optimizer step; and what its loss has to know of all its batches before the first of them."""

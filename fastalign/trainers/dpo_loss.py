@@ -109,7 +109,7 @@ def fused_loss(
         output = on_pairs(hidden, head) if args.on_pairs else on_responses(hidden, head)
         if shift is None:
             return output
-        count = num_examples(batch)
+        count = num_examples(batch) if args.on_pairs else len(batch["lengths"])
         return output._replace(metrics=output.metrics | {"delta": mean_metric(shift.expand(count))})
 
     return loss

@@ -82,7 +82,7 @@ class PassesTrainer(ActorCriticTrainer):
         orders = [rng.permutation(len(units)) for _ in range(self.args.num_ppo_epochs)]
         if kept is None:
             return [np.sort(units[order[i : i + size]].ravel()) for order in orders for i in range(0, len(units), size)]
-        left = kept[units].any(axis=1)
+        left = np.logical_or.reduce(kept[units], axis=1)
         number = self._filtered_mini_batches(math.ceil(len(units) / size), int(left.sum()))
         if number == 0:
             return []

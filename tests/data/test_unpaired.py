@@ -51,6 +51,9 @@ def test_a_batch_equals_the_naive_loop(rows, multiple):
     assert_is_the_naive_batch(batch, rows, "completion_ids", "ref_completion_logps")
     assert_is_the_naive_batch(batch["kl"], rows, "kl_completion_ids", "ref_kl_logps")
     assert num_examples(batch) == num_examples(batch["kl"]) == len(rows)
+    for part in (batch, batch["kl"]):
+        same = [[a["prompt_ids"] == b["prompt_ids"] for b in rows] for a in rows]
+        assert (part["prompts"][:, None] == part["prompts"]).tolist() == same
 
 
 @given(examples, st.integers(0, 30))
@@ -118,5 +121,7 @@ def test_mismatched_responses_fit_max_length():
     )
     got = with_mismatched(data, max_length=7)["kl_completion_ids"]
     assert [list(ids) for ids in got] == [[3] * 2, [2]]
+    part = with_mismatched(data.select([1, 0, 1]).select([1, 2]), max_length=9)  # rows in another order than stored
+    assert [list(ids) for ids in part["kl_completion_ids"]] == [[3] * 4, [2]]
     again = with_mismatched(with_mismatched(data), max_length=7)  # made anew
     assert [list(ids) for ids in again["kl_completion_ids"]] == [[3] * 2, [2]]

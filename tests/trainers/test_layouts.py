@@ -34,8 +34,8 @@ def assert_equal_steps(kit, make, **settings):
         trainer = make(token_layout=layout, max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", **settings)
         assert trainer.token_layout == layout
         steps[layout] = step(kit, trainer)
-        waste = kit.logs(trainer)[0]["padding_waste"]
-        assert (waste > 0) == (layout == "padded")
+        counts = {name: kit.logs(trainer)[0][name] for name in ("padding_waste", "sharing_ratio")}
+        assert (counts["padding_waste"] > 0) == (layout == "padded")
     gradients, metrics = steps.pop("padded")
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
     for own, found in steps.values():
@@ -43,6 +43,7 @@ def assert_equal_steps(kit, make, **settings):
         assert found.keys() == metrics.keys()
         for name, value in metrics.items():
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    return counts["sharing_ratio"]  # of the last layout
 
 
 DPO = {
@@ -61,6 +62,20 @@ def test_dpo(kit, name):
     ref = kit.model(seed=1).double() if name not in ("simpo",) else None
     settings = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 3} | DPO[name]
     assert_equal_steps(kit, lambda **s: kit.trainer(kit.model().double(), *data, ref_model=ref, **s), **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": 60}, {"loss_type": "bco", "bco_running_shift": True}])
+def test_responses_to_one_prompt_share_it(kit, settings):
+    """KTO and BCO on the two sides of pairs; KTO's mismatched responses too."""
+    data = kit.pairs(6, longest=14), kit.pairs(5, seed=1, longest=14)
+    settings = {"loss_type": "kto", "per_device_train_batch_size": 6, "per_device_eval_batch_size": 3} | settings
+    settings |= {"train_sampling_strategy": "sequential"}
+    assert LAYOUTS[-1] == "shared"
+    ref = kit.model(seed=1).double()
+    ratio = assert_equal_steps(
+        kit, lambda **s: kit.trainer(kit.model().double(), *data, ref_model=ref, **s), **settings
+    )
+    assert ratio > 1.2
 
 
 PRO = {"pro": {}, "reference": {"reference_free": False}, "infonce": {"loss_type": "infonce"}, "cut": {}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,6 +61,24 @@ def disable_segments(model: Model) -> Model:
     return model
 
 
+@contextmanager
+def packable(model: nn.Module, layout: str = "shared") -> Iterator[str]:
+    """Inside, a model that can takes packed batches; yields `layout`, or "padded" where it cannot. Then as before."""
+    if layout == "padded" or attention.uses_segments(model):
+        yield layout
+        return
+    try:
+        enable_segments(model)
+    except ValueError as error:
+        logger.info("batches are padded: %s", error)
+        yield "padded"
+        return
+    try:
+        yield layout
+    finally:
+        disable_segments(model)
+
+
 def _skip_unneeded(base: PreTrainedModel, probe: _Probe, expected: list[Tensor]) -> None:
     """Let the last layer leave out what nobody reads, where its modules are as `LastLayer` knows them."""
     try:
@@ -108,8 +128,12 @@ class _Probe:
 
     @torch.no_grad()
     def apart(self) -> list[Tensor]:
-        with evaluating(self.base):
+        with evaluating(self.base), self._as_weights_are():
             return [self.backbone(input_ids=ids[None], use_cache=False)[0][0].float() for ids in self.sequences]
+
+    def _as_weights_are(self) -> torch.autocast:
+        """Outside autocast, which would round what is compared."""
+        return torch.autocast(self.sequences[0].device.type, enabled=False)
 
     def compare_packed(self, expected: list[Tensor]) -> None:
         """ValueError unless two rows of sequences, the second padded, give `expected`."""
@@ -148,7 +172,7 @@ class _Probe:
             needed=None if needed is None else np.array(needed),
         )  # fmt: skip
         seen: list[int | None] = []
-        with evaluating(self.base), attention.watched(seen):
+        with evaluating(self.base), self._as_weights_are(), attention.watched(seen):
             got = self.backbone(
                 input_ids=ids, attention_mask=mask, position_ids=positions, segments=segments, use_cache=False
             )[0].float()  # fmt: skip

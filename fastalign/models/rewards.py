@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastalign.models.batches import plan_batches
+from fastalign.models.batches import plan_scoring, prompt_number, shared_prefixes
 from fastalign.models.inference import inference
+from fastalign.models.layouts import plan_layout, run_layout
+from fastalign.models.packing import packable
 from fastalign.models.scalar import base_scalar_model, fuse_scalar_head, is_scalar_fused, unfuse_scalar_head
 
 NORMALIZATION_KEY = "fastalign_reward_normalization"
@@ -75,19 +77,25 @@ def score_sequences(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     autocast: torch.dtype | None = None,
     normalise: bool = True,
+    token_layout: str = "shared",
 ) -> np.ndarray:
     """Rewards (S,) float32 of token sequences, each read at its last token, whatever token that is.
 
     model: a scalar model (bare or PEFT-wrapped) on its device; it is left as it was, modes and random state included.
-    sequences: (token ids, where the completion starts) each, as everywhere in fastalign; the start plays no part here.
-    batch_tokens: padded tokens of one forward; a longer sequence is a batch of its own. autocast: a dtype to compute
-    in, or None for the weights' own. normalise: apply `reward_normalization`, where there is one.
+    sequences: (token ids, where the completion starts) each, as everywhere in fastalign; the start says which of them
+        have a prompt in common, and changes no reward.
+    batch_tokens: computed tokens of one forward; a longer sequence is a batch of its own. autocast: a dtype to compute
+    in, or None for the weights' own. normalise: apply `reward_normalization`, where there is one. token_layout:
+    "shared" (sequences of one prompt that follow each other share it), "packed" or "padded"; see
+    `fastalign.models.layouts`. Models that take no packed batch get padded ones.
 
     Raises ValueError: an empty sequence (by its position), a model that `fuse_scalar_head` refuses.
     """
     lengths = np.array([len(ids) for ids, _ in sequences], np.int64)
     if len(empty := np.flatnonzero(lengths == 0)):
         raise ValueError(f"sequence {empty[0]} has no tokens, so there is no token to read a reward at")
+    starts = np.clip(np.array([start for _, start in sequences], np.int64), 0, lengths)
+    prompts = np.array([prompt_number(ids[:n]) for (ids, _), n in zip(sequences, starts.tolist(), strict=True)])
     scores = np.zeros(len(sequences), np.float32)
     base = base_scalar_model(model)
     device = base.get_input_embeddings().weight.device
@@ -95,9 +103,10 @@ def score_sequences(
     with inference(model, device, autocast=autocast):
         fuse_scalar_head(model)
         try:
-            for batch in plan_batches(lengths, batch_tokens):
-                ids, rows = _padded([sequences[i][0] for i in batch])
-                scores[batch] = model(input_ids=ids.to(device), rows=rows).cpu().numpy()
+            with packable(model, token_layout) as layout:
+                for part in plan_scoring(lengths, lengths - starts, prompts, batch_tokens, layout):
+                    batch = _batch([sequences[i][0] for i in part], starts[part], device)
+                    scores[part] = run_layout(model, batch, plan_layout(batch, layout)).cpu().numpy()
         finally:
             if fused_here:
                 unfuse_scalar_head(model)
@@ -105,10 +114,14 @@ def score_sequences(
     return scores if normalization is None else normalization(scores)
 
 
-def _padded(sequences: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, T), padded on the right with token 0, which no real token sees; flat indices (B,) of the last tokens."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in zip(ids, sequences, strict=True):
-        row[: len(sequence)] = torch.as_tensor(sequence)
-    return ids, torch.tensor([b * width + len(sequence) - 1 for b, sequence in enumerate(sequences)])
+def _batch(sequences: list[Sequence[int]], starts: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """As collators make them: ids (S, T) padded on the right with 0, which no real token sees; rows, the last ones."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    width = int(lengths.max())
+    ids = np.zeros((len(lengths), width), np.int64)
+    ids[np.arange(width) < lengths[:, None]] = np.concatenate([np.asarray(sequence) for sequence in sequences])
+    groups, prefixes = shared_prefixes(ids, lengths, starts.tolist())
+    return {
+        "input_ids": torch.from_numpy(ids).to(device), "rows": np.arange(len(lengths)) * width + lengths - 1,
+        "lengths": lengths, "groups": groups, "prefix_lengths": prefixes,
+    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
@@ -15,20 +14,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fastalign.models import Head, disable_segments, enable_segments, fuse_head, unfuse_head
-from fastalign.models.attention import uses_segments
+from fastalign.models import Head, fuse_head, unfuse_head
 from fastalign.models.batches import plan_scoring, shared_prefixes
 from fastalign.models.causal import is_fused
 from fastalign.models.head import base_causal_lm
 from fastalign.models.inference import inference, refuse_token_adapters
 from fastalign.models.layouts import plan_layout, run_layout
+from fastalign.models.packing import packable
 from fastalign.ops import linear_logps
 from fastalign.reference.batches import PromptNotes
 from fastalign.reference.identity import checked_adapter, unwrap
 from fastalign.reference.progress import track
 from fastalign.reference.sequences import TokenSequence, checked_length
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 16_384
 
@@ -100,31 +97,19 @@ class ModelScorer:
         self._device = base.get_input_embeddings().weight.device
         self._length_boundary, self._length_limit = _rope_lengths(base.config.get_text_config(decoder=True).to_dict())
         self._wanted = self.token_layout = token_layout
-        self._fused_here = self._segmented_here = False
+        self._undo = ExitStack()
 
     def __enter__(self) -> ModelScorer:
         if not is_fused(self._inner):
             with self._state():  # what is verified is what will be scored
                 fuse_head(self._inner)
-            self._fused_here = True
-        self.token_layout = self._wanted
-        if self.token_layout != "padded" and not uses_segments(self._inner):
-            try:
-                with self._state():
-                    enable_segments(self._inner)
-                self._segmented_here = True
-            except ValueError as error:
-                logger.info("log-probs are computed of padded batches: %s", error)
-                self.token_layout = "padded"
+            self._undo.callback(unfuse_head, self._inner)
+        with self._state():
+            self.token_layout = self._undo.enter_context(packable(self._inner, self._wanted))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._segmented_here:
-            disable_segments(self._inner)
-            self._segmented_here = False
-        if self._fused_here:
-            unfuse_head(self._inner)
-            self._fused_here = False
+        self._undo.close()
 
     def __call__(self, sequences: list[TokenSequence]) -> list[np.ndarray]:
         """One batch: log-probs float32 (len(input_ids) − completion_start,), in order."""

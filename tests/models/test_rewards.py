@@ -12,6 +12,7 @@ from fastalign.models import (
     score_sequences,
     set_reward_normalization,
 )
+from fastalign.models.attention import uses_segments
 from fastalign.models.scalar import is_scalar_fused
 
 SIZES = {
@@ -42,17 +43,58 @@ def alone(model, ids) -> float:
         return float(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0])
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
-def test_scores_are_those_of_each_sequence_by_itself(model, batch_tokens):
+def test_scores_are_those_of_each_sequence_by_itself(model, batch_tokens, layout):
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
-    got = score_sequences(model, sequences(), batch_tokens=batch_tokens)
+    got = score_sequences(model, sequences(), batch_tokens=batch_tokens, token_layout=layout)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert not is_scalar_fused(model)
+    assert not uses_segments(model)
     model.eval()
     expected = np.array([alone(model, ids) for ids, _ in sequences()], np.float32)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def answers() -> list[tuple[list[int], int]]:
+    """Four responses to each of five prompts, some equal, some of a single token or none beyond the prompt."""
+    rng = np.random.default_rng(1)
+    made = []
+    for _ in range(5):
+        prompt = rng.integers(3, 53, rng.integers(8, 20)).tolist()
+        own = [rng.integers(3, 53, n).tolist() for n in (1, 4, rng.integers(2, 9))]
+        made += [(prompt + ids, len(prompt)) for ids in (*own, own[1])]
+    return [*made, (prompt, len(prompt)), (prompt, 0)]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_prompt_is_computed_once(model, normalise):
+    expected = np.array([alone(model.eval(), ids) for ids, _ in answers()], np.float32)
+    if normalise:
+        set_reward_normalization(model, RewardNormalization(0.25, 0.5))
+        expected = (expected - 0.25) / 0.5
+    tokens, seen = {}, []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args or (kwargs["input_ids"],))[0].numel()), with_kwargs=True
+    )
+    for layout in ("padded", "packed", "shared"):
+        for budget in (60, 10_000):
+            seen.clear()
+            got = score_sequences(model, answers(), batch_tokens=budget, normalise=normalise, token_layout=layout)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+            assert max(seen) <= budget
+            tokens[layout, budget] = sum(seen)  # with the probes', the same for packed and shared
+    handle.remove()
+    for budget in (60, 10_000):
+        assert tokens["shared", budget] < 0.75 * tokens["packed", budget]
+
+
+def test_a_model_that_takes_no_packed_batch_is_scored_padded(model, monkeypatch):
+    expected = score_sequences(model, answers())
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    np.testing.assert_allclose(score_sequences(model, answers()), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_arrays_nothing_and_an_empty_sequence(model):

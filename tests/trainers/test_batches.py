@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign.data import PreferenceCollator
-from fastalign.trainers.batches import num_examples, sequence_lengths, split_batch
+from fastalign.trainers.batches import grouped_by_prompt, num_examples, sequence_lengths, split_batch
 
 IDS = st.lists(st.integers(1, 50), min_size=1, max_size=9)
 EXAMPLE = st.fixed_dictionaries({"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS})
@@ -72,3 +72,23 @@ def test_a_batch_that_fits_is_left_as_it_is(max_tokens):
 def test_no_pairs_give_no_pieces():
     batch = PreferenceCollator(0)([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
     assert split_batch(batch, 0, examples=0) == []
+
+
+def test_completions_of_a_prompt_are_grouped():
+    batch = {
+        "prompts": np.array([0, 0, 2, 5, 5, 5]), "lengths": np.array([5, 6, 4, 9, 8, 7]),
+        "cu_seqlens": np.array([0, 2, 5, 7, 12, 16, 19]), "groups": np.arange(6),
+    }  # fmt: skip
+    grouped = grouped_by_prompt(batch)
+    assert grouped["groups"].tolist() == [0, 0, 1, 2, 2, 2]
+    assert grouped["prefix_lengths"].tolist() == [3, 0, 4]
+    # a prompt and two of its three completions are 13 tokens
+    cut = grouped_by_prompt(batch, max_tokens=13)
+    assert cut["groups"].tolist() == [0, 0, 1, 2, 2, 3]
+    assert cut["prefix_lengths"].tolist() == [3, 0, 4, 0]
+    # wherever in the batch they are
+    order = np.array([3, 0, 5, 2, 1, 4])
+    mixed = {"prompts": batch["prompts"][order], "lengths": batch["lengths"][order], "groups": np.arange(6)}
+    mixed["cu_seqlens"] = np.concatenate([[0], np.cumsum(np.diff(batch["cu_seqlens"])[order])])
+    assert grouped_by_prompt(mixed)["groups"].tolist() == [2, 0, 2, 1, 0, 2]
+    assert grouped_by_prompt(mixed)["prefix_lengths"].tolist() == [3, 0, 4]

@@ -8,7 +8,7 @@ import pytest
 import transformers as tf
 
 from fastalign.trainers import DPOConfig, DPOTrainer
-from fastalign.trainers.batches import computed_tokens, example_tokens, grouped_by_prompt, split_batch
+from fastalign.trainers.batches import computed_tokens, example_tokens, split_batch
 from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -162,26 +162,6 @@ def test_a_piece_has_whole_groups_and_counts_what_is_computed(kit, layout):
         assert sum(computed) == tokens.sum()
         assert computed == sorted(computed, reverse=True)
         assert len(pieces) <= math.ceil(tokens.sum() / limit) * 2
-
-
-def test_completions_of_a_prompt_are_grouped():
-    batch = {
-        "prompts": np.array([0, 0, 2, 5, 5, 5]), "lengths": np.array([5, 6, 4, 9, 8, 7]),
-        "cu_seqlens": np.array([0, 2, 5, 7, 12, 16, 19]), "groups": np.arange(6),
-    }  # fmt: skip
-    grouped = grouped_by_prompt(batch)
-    assert grouped["groups"].tolist() == [0, 0, 1, 2, 2, 2]
-    assert grouped["prefix_lengths"].tolist() == [3, 0, 4]
-    # a prompt and two of its three completions are 13 tokens
-    cut = grouped_by_prompt(batch, max_tokens=13)
-    assert cut["groups"].tolist() == [0, 0, 1, 2, 2, 3]
-    assert cut["prefix_lengths"].tolist() == [3, 0, 4, 0]
-    # wherever in the batch they are
-    order = np.array([3, 0, 5, 2, 1, 4])
-    mixed = {"prompts": batch["prompts"][order], "lengths": batch["lengths"][order], "groups": np.arange(6)}
-    mixed["cu_seqlens"] = np.concatenate([[0], np.cumsum(np.diff(batch["cu_seqlens"])[order])])
-    assert grouped_by_prompt(mixed)["groups"].tolist() == [2, 0, 2, 1, 0, 2]
-    assert grouped_by_prompt(mixed)["prefix_lengths"].tolist() == [3, 0, 4]
 
 
 def test_what_is_logged_of_tokens():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fastalign.models import cpu_attention
 from fastalign.models.cpu_attention import attend_to_prefix, takes
+from fastalign.models.segment_attention import segment_attention
+from fastalign.models.segments import Segments
 
 torch.set_num_threads(1)
 
@@ -87,3 +93,56 @@ def test_what_it_takes():
         assert not takes(q, k, v)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert not takes(q, k, v)
+
+
+@pytest.fixture
+def untried():
+    """As in a new process, before and after."""
+    cpu_attention.works.cache_clear()
+    yield
+    cpu_attention.works.cache_clear()
+
+
+def missing(*args, **kwargs):
+    raise AttributeError("'_OpNamespace' 'aten' object has no attribute '_scaled_dot_product_flash_attention_for_cpu'")
+
+
+def called_otherwise(query, key, value, *, dropout_p=0.0, is_causal=False, attn_mask=None):
+    raise TypeError("unexpected keyword argument 'scale'")
+
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CHANGES = {
+    "no forward": ("_forward", missing, "has no attribute"),
+    "no backward": ("_backward", missing, "has no attribute"),
+    "another signature": ("_forward", called_otherwise, "unexpected keyword"),
+    "more outputs": ("_forward", lambda *args, **kwargs: (*FORWARD(*args, **kwargs), None), "too many values"),
+    "another meaning": ("_backward", lambda *args, **kwargs: BACKWARD(*args, **kwargs | {"scale": 0.5}), "not close"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_torch_falls_back_to_the_public_function(change, untried, monkeypatch, caplog):
+    """And says so once; attention and its gradients stay what they are, checkpointed or not."""
+    name, function, message = CHANGES[change]
+    monkeypatch.setattr(cpu_attention, name, function)
+    segments = Segments(np.array([[5, 3, 2]]), 10, prefixes=np.array([-1, 0, 0]))
+    q, k, v = (torch.randn(1, heads, 10, 8, requires_grad=True) for heads in (4, 2, 2))
+    whole = torch.randn(1, 10, 4, 8)
+
+    def attention(q, k, v):
+        return segment_attention(torch.nn.Module(), q, k, v, segments, "sdpa", sdpa_attention_forward, is_causal=True)
+
+    output = checkpoint(attention, q, k, v, use_reentrant=False)
+    got = (output, *torch.autograd.grad((output * whole).sum(), (q, k, v)))
+    assert not cpu_attention.works()
+    assert caplog.text.count("keeps a copy of each prefix") == 1
+    assert message in caplog.text
+    monkeypatch.undo()
+    cpu_attention.works.cache_clear()
+    output = attention(q, k, v)
+    expected = (output, *torch.autograd.grad((output * whole).sum(), (q, k, v)))
+    assert cpu_attention.works()
+    for mine, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, wanted)

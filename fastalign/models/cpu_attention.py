@@ -44,9 +44,7 @@ def works() -> bool:
     try:
         in_own_thread(_try)
     except Exception as error:  # whatever another version of torch makes of it
-        logger.warning(
-            "attention to shared prefixes on the CPU keeps a copy of each: torch %s, %s", torch.__version__, error
-        )
+        logger.warning("attention on the CPU keeps a copy of each prefix: torch %s, %s", torch.__version__, error)
         return False
     return True
 

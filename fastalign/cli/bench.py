@@ -9,11 +9,13 @@ from fastalign.cli.plan import OWN_FLAGS, read_order
 
 HELP = f"""usage: fastalign bench step --config FILE.yaml [--NAME VALUE ...]
 
-  Train a few steps with the settings of `fastalign dpo` (or sft, reward, pro) in a process of its own, with random
+  Train a few steps with the settings of `fastalign dpo` (or sft, reward, pro, ppo) in a process of its own, with random
   weights of the model's shape and the heaviest batch of the data; print peak memory and time beside the plan.
 
 {OWN_FLAGS}  --steps N
         steps to run, 4 by default; the first warms up
+  --device NAME
+        run on cpu or cuda; by default as the settings say
   --json
         print JSON instead of a table
 """
@@ -29,18 +31,22 @@ def run(argv: list[str]) -> None:
     action, *rest = argv
     if action not in _ACTIONS:
         raise UsageError(f"unknown action {action!r}{suggestion(action, _ACTIONS)}; there are {', '.join(_ACTIONS)}")
-    order = read_order(rest, ("trainer", "tokens", "steps", "json"), "bench step")
+    order = read_order(rest, ("trainer", "tokens", "steps", "device", "json"), "bench step")
     if order is None:
         return
-    as_json, steps = order.switch("json"), order.number("steps", int) or 4
-    plan = order.run_plan().plan()
+    as_json, steps, device = order.switch("json"), order.number("steps", int) or 4, order.device
+    if device is not None:
+        _check_present(device)
+        order.given["use_cpu"] = device == "cpu"
+    plan = order.planned(order.made())
 
     from fastalign.trainers.run_bench import measure_steps
 
     try:
         found = measure_steps(
-            order.command.trainer, order.command.config, order.given, tokens=order.number("tokens", int), steps=steps
-        )
+            order.command.trainer, order.command.config, order.given, tokens=order.number("tokens", int), steps=steps,
+            micro_batch_tokens=plan.micro_batch_tokens,
+        )  # fmt: skip
     except RuntimeError as error:
         raise Failure(str(error)) from error
     rate = plan.total_flops / found.step_seconds
@@ -56,3 +62,12 @@ def run(argv: list[str]) -> None:
         f"{'time of a step, s':24}{'':12}{found.step_seconds:>12.3f}   {rate / 1e9:.1f} GFLOP/s\n"
         f"the process itself takes {found.process_bytes / 2**20:.0f} MiB beside that"
     )
+
+
+def _check_present(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device 'cuda': this machine has no GPU to measure on; `fastalign plan --device cuda` plans for one"
+        )

@@ -36,13 +36,29 @@ class HeadSettings:
     schedule: str = "auto"
 
 
+class Workspace:
+    """The workspace of a process. On the CPU it waits for the next call."""
+
+    def __init__(self, device_type: str) -> None:
+        self._keeps = device_type == "cpu"
+        self._idle: Tensor | None = None
+
+    def take(self, size: int) -> None:
+        """Take it, and give it back as the engine does."""
+        if self._idle is None or not self._idle.nbytes // 2 <= size <= self._idle.nbytes:
+            self._idle = None
+            self._idle = torch.empty(max(size, 1), dtype=torch.uint8)
+        if not self._keeps or size > DEFAULT_WORKSPACE_MB["cpu"] * 2**20:
+            self._idle = None
+
+
 class PlannedHead:
     """`head_fn` of a fused model: from hidden (n, H) to a 0-dim loss. `plans` are those of the calls so far."""
 
-    def __init__(self, settings: HeadSettings, recorder: Recorder) -> None:
+    def __init__(self, settings: HeadSettings, recorder: Recorder, workspace: Workspace | None = None) -> None:
         self.settings, self.recorder = settings, recorder
         self.plans: list[Plan] = []
-        self._idle: Tensor | None = None  # the CPU workspace that waits for the next call
+        self.workspace = workspace or Workspace(settings.device_type)
 
     def __call__(self, group_rows: int) -> Callable[[Tensor, Head], Tensor]:
         """group_rows: scored rows of the largest group."""
@@ -70,15 +86,6 @@ class PlannedHead:
             workspace_bytes=None if megabytes is None else int(megabytes * 2**20), schedule=settings.schedule,
         )  # fmt: skip
 
-    def work(self, found: Plan) -> None:
-        """Take the workspace, and give it back as the engine does: on the CPU to the next call."""
-        size = found.workspace_bytes
-        if self._idle is None or not self._idle.nbytes // 2 <= size <= self._idle.nbytes:
-            self._idle = None
-            self._idle = torch.empty(max(size, 1), dtype=torch.uint8)
-        if self.settings.device_type != "cpu" or size > DEFAULT_WORKSPACE_MB["cpu"] * 2**20:
-            self._idle = None
-
     def count(self, found: Plan, gemms: float, hidden_size: int, vocab: int) -> None:
         self.recorder.flops["head"] += int(gemms * 2 * found.n * hidden_size * vocab)
 
@@ -99,7 +106,7 @@ class _PlannedLoss(torch.autograd.Function):
                 ctx.kept = _gradients([None, shapes[1], None], None)
             if found.saved_bytes:
                 ctx.saved = torch.empty(found.saved_bytes, dtype=torch.uint8)
-            owner.work(found)
+            owner.workspace.take(found.workspace_bytes)
         return torch.zeros((), dtype=torch.float32)
 
     @staticmethod
@@ -116,7 +123,7 @@ class _PlannedLoss(torch.autograd.Function):
                     ]
                 accumulators = torch.empty(max(found.accumulator_bytes, 1), dtype=torch.uint8)
                 if found.schedule != "frozen":
-                    owner.work(found)
+                    owner.workspace.take(found.workspace_bytes)
                 del accumulators
             ctx.saved = None
             results = []

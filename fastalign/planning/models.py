@@ -37,6 +37,7 @@ class ModelSettings:
     checkpointing           recompute activations in the backward; checkpointing_kwargs go to torch's function
     layout                  "padded", "packed" or "shared" (fastalign.models.layouts); see `layout_of` for "auto"
     adapter                 the PEFT adapter that trains, the base being frozen
+    frozen                  names of parameters that do not train, of a model without an adapter
     """
 
     scalar: bool = False
@@ -49,6 +50,7 @@ class ModelSettings:
     adapter: PeftConfig | None = None
     disable_dropout: bool = True
     freeze_backbone: bool = False
+    frozen: frozenset[str] = frozenset()
 
 
 def meta_model(config: PretrainedConfig, settings: ModelSettings) -> nn.Module:
@@ -61,19 +63,32 @@ def meta_model(config: PretrainedConfig, settings: ModelSettings) -> nn.Module:
     auto = AutoModelForSequenceClassification if settings.scalar else AutoModelForCausalLM
     if settings.scalar:
         config.num_labels = 1
-    given = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    attention_name = settings.attn_implementation
+    if attention_name is not None and attention_name.startswith("flash_attention"):
+        attention_name = "sdpa"  # which keeps as much for the backward, and needs no package and no GPU
+    given = {} if attention_name is None else {"attn_implementation": attention_name}
     with torch.device("meta"):
         model: nn.Module = auto.from_config(config, dtype=settings.dtype, **given)
         if settings.disable_dropout:
             disable_dropout(model)
         if settings.adapter is not None:
-            model = get_peft_model(model, settings.adapter)
+            model = get_peft_model(model, _without_numbers(settings.adapter))
     if settings.freeze_backbone:
-        for parameter in base_causal_lm(model).base_model.parameters():
+        base_causal_lm(model).base_model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name in settings.frozen:
             parameter.requires_grad_(False)
     if settings.adapter is not None or not settings.pure_16bit:
         upcast_trainable(model)
     return model
+
+
+def _without_numbers(adapter: PeftConfig) -> PeftConfig:
+    """The adapter as it starts without a look at the weights: some are initialised from them, in the same shapes."""
+    adapter = copy.deepcopy(adapter)  # PEFT writes to it
+    if hasattr(adapter, "init_lora_weights"):
+        adapter.init_lora_weights = True
+    return adapter
 
 
 def refuse_unplannable(config: PretrainedConfig) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastalign.planning.heap import Heap
+from fastalign.planning.phases import SAMPLING, SCORING, UPDATE
 from fastalign.planning.recorder import COPIES, WEIGHTS, peak_by_name
 from fastalign.planning.step import StepRecord
 
@@ -16,15 +17,18 @@ PARTS = {
     COPIES: "weights in the precision that autocast computes in",
     "gradients": "of the parameters that train",
     "optimizer": "its state, and what a step of it takes",
-    "activations": "what the backward needs of the forward, and their gradients",
+    "activations": "what the layers compute and the backward needs, and its gradients",
     "head": "workspace of the linear head, its gradients and accumulators",
     "batch": "token ids and what goes with them",
     "reference": "a reference model that stays in memory",
+    "critic": "parameters and buffers of a critic",
+    "rewards": "reward models",
+    "cache": "keys and values of completions while they are sampled",
     "processes": "buckets in which gradients are exchanged between processes",
     "libraries": "kernels that oneDNN compiles for products in 16 bits",
     "allocator": "memory that malloc holds and cannot reuse",
 }
-_OF_PHASE = {"forward": "activations", "backward": "activations", "": "activations"}
+_OF_PHASE = dict.fromkeys(("", "forward", "backward", SAMPLING, SCORING, UPDATE), "activations")
 _ONEDNN_BYTES = 40 * 2**20  # measured, on AVX-512: a cache of kernels by shape, whatever the size of the model
 _STEPS = 4  # the heap's holes have grown to what they will be
 
@@ -39,6 +43,7 @@ class StepPlan:
     passes          forward and backward passes of a step and process
     pass_tokens     computed tokens of the largest
     head            the head's schedule there, in words
+    peaks           bytes of tensors at most in each part of a step that has parts: sampling, scoring, update
     """
 
     model: str
@@ -54,6 +59,7 @@ class StepPlan:
     passes: int
     pass_tokens: int
     head: str
+    peaks: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -109,6 +115,11 @@ def render(plan: StepPlan, alternatives: Sequence[tuple[str, StepPlan]] = ()) ->
         f"tokens {plan.tokens['padded']} padded, {plan.tokens['real']} real, {plan.tokens['computed']} computed, "
         f"{plan.tokens['scored']} scored",
         f"head: {plan.head}",
+    ]
+    if plan.peaks:
+        peaks = ", ".join(f"{name} {bytes_ / 2**20:.1f}" for name, bytes_ in plan.peaks.items())
+        lines.append(f"tensors at the peak of its parts, MiB: {peaks}")
+    lines += [
         "",
         f"{'peak memory':{size}}{'MiB':>10}{'share':>8}",
     ]

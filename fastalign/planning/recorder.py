@@ -37,6 +37,7 @@ class Event(NamedTuple):
 END_OF_PASS = Event(-1, 0)
 
 WEIGHTS, COPIES = "weights", "copies"  # the second: weights in another precision, as autocast makes them
+MODELS = (WEIGHTS, "critic", "reference", "rewards")  # the names under which weights are
 
 
 def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -63,8 +64,8 @@ class Recorder(TorchDispatchMode):
     """Records what is allocated while it is active; tensors made before are not counted.
 
     events      in order, each storage under a number of its own
-    names       of each storage: the phase that it was allocated in, COPIES for a cast of what belongs to the phase
-                WEIGHTS, or what `rename` put in its place
+    names       of each storage: the phase that it was allocated in, COPIES for a cast of what belongs to one of MODELS,
+                or what `rename` put in its place
     now, peak   bytes alive, and the most that were
     flops       floating-point operations of matrix products and attention by phase, 2 a multiply-add, as
                 torch.utils.flop_counter counts them; causal attention counts in full
@@ -104,7 +105,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (formula := _FLOPS.get(func._overloadpacket)) is not None:
             self.flops[self._phase] += formula(*args, **(kwargs or {}), out_val=out)
-        name = COPIES if func is torch.ops.aten._to_copy.default and self._name(args[0]) == WEIGHTS else self._phase
+        name = COPIES if func is torch.ops.aten._to_copy.default and self._name(args[0]) in MODELS else self._phase
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage(), name)

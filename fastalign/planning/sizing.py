@@ -27,10 +27,8 @@ def memory_budget(device_type: str, memory_gb: float | None, device_bytes: int |
             raise ValueError(f"memory_gb={memory_gb}: it must be positive")
         return int(memory_gb * 2**30)
     if device_type == "cpu" or device_bytes is None:
-        raise ValueError(
-            "memory_gb is missing: on the CPU memory is shared with other processes, so say how many GiB this run may "
-            "take"
-        )
+        reason = "on the CPU memory is shared with other processes" if device_type == "cpu" else "there is no GPU here"
+        raise ValueError(f"memory_gb is missing: {reason}, so say how many GiB this run may take")
     return int(device_bytes * _GPU_SHARE)
 
 
@@ -52,10 +50,12 @@ def auto_micro_batch_tokens(plan_of: Callable[[int], StepPlan], budget: int, *, 
     smallest = plans[sizes[0]]
     if smallest.peak_bytes > budget:
         part = max(smallest.parts, key=lambda name: smallest.parts[name])
+        less = "gradient checkpointing, LoRA, bf16 or a smaller max_length need less"
+        if part == "cache":
+            less = "a smaller rollout_batch_tokens or response_length needs less"
         raise ValueError(
-            f"a pass of {smallest.pass_tokens} tokens takes {smallest.peak_bytes / 2**30:.2f} GiB and the "
-            f"budget is {budget / 2**30:.2f} GiB; {part} take {smallest.parts[part] / 2**30:.2f}: gradient "
-            "checkpointing, LoRA, bf16 or a smaller max_length need less"
+            f"a pass of {smallest.pass_tokens} tokens takes {_gib(smallest.peak_bytes)} and the budget is "
+            f"{_gib(budget)}; {part} take {_gib(smallest.parts[part])}: {less}"
         )
     low, high = 0, len(sizes) - 1  # sizes[low] fits
     while low < high:
@@ -63,8 +63,10 @@ def auto_micro_batch_tokens(plan_of: Callable[[int], StepPlan], budget: int, *, 
         found = plans[sizes[middle]] = plan_of(sizes[middle])
         low, high = (middle, high) if found.peak_bytes <= budget else (low, middle - 1)
     choice = sizes[low]
-    logger.info(
-        "micro_batch_tokens: %d, planned to take %.2f of %.2f GiB", choice, plans[choice].peak_bytes / 2**30,
-        budget / 2**30,
-    )  # fmt: skip
+    taken = plans[choice].peak_bytes
+    logger.info("micro_batch_tokens: %d, planned to take %s of %s", choice, _gib(taken), _gib(budget))
     return choice, plans[choice]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

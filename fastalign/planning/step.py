@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from fastalign.models.layouts import plan_layout, run_layout
+from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.models.scalar import scalar_head
 from fastalign.ops.schedule import Plan
 from fastalign.planning.head import HeadSettings, PlannedHead
@@ -41,6 +41,7 @@ class StepRecord:
     flops       of the later step's passes, by phase: forward, backward (recomputed forwards included), head
     plans       of the head, one a pass
     tokens      of the passes: padded, real and computed
+    peaks       most bytes of tensors alive in each part of the later step, where it has parts
     """
 
     start: list[Event]
@@ -52,6 +53,7 @@ class StepRecord:
     flops: Counter[str]
     plans: list[Plan]
     tokens: dict[str, int]
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def events(self, steps: int) -> list[Event]:
         """Of a run of `steps` ≥ 2 steps: the later one repeated."""
@@ -75,26 +77,44 @@ def record_step(
     Raises ValueError: see `meta_model`; an optimizer that does not run without memory.
     """
     made = meta_model(config, model)
+    with recording() as recorder:
+        place(made, model, recorder)
+        steps = Steps(made, model, recorder, PlannedHead(head, recorder), optimizer, autocast)
+        return record_twice(steps, lambda: steps.run(pieces), count_tokens(pieces, model.layout))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorder]:
+    """Inside, tensors have no memory, and what they would take is recorded."""
     with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder, torch.device("cpu"):
-        with recorder.phase(WEIGHTS):
-            materialise(made)
-        if model.adapter is not None:
-            recorder.rename((p for p in made.parameters() if p.requires_grad), "adapter")
-        prepare(made, model)
-        steps = _Steps(made, model, recorder, PlannedHead(head, recorder), optimizer, autocast)
-        start = len(recorder.events)
-        steps.run(pieces)
-        first = len(recorder.events)
-        recorder.flops.clear()
-        steps.planned.plans.clear()
-        steps.run(pieces)
-        later = len(recorder.events)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in made.parameters()]
+        yield recorder
+
+
+def place(made: nn.Module, settings: ModelSettings, recorder: Recorder, name: str = WEIGHTS) -> None:
+    """Give a meta model its fake weights, under a name, and prepare it as a trainer does."""
+    with recorder.phase(name):
+        materialise(made)
+    if settings.adapter is not None and name == WEIGHTS:
+        recorder.rename((p for p in made.parameters() if p.requires_grad), "adapter")
+    prepare(made, settings)
+
+
+def record_twice(steps: Steps, run: Callable[[], None], tokens: dict[str, int]) -> StepRecord:
+    """The record of a first step and of a later one."""
+    recorder = steps.recorder
+    start = len(recorder.events)
+    run()
+    first = len(recorder.events)
+    recorder.flops.clear()
+    steps.planned.plans.clear()
+    run()
+    later = len(recorder.events)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in steps.model.parameters()]
     return StepRecord(
         start=recorder.events[:start], first=recorder.events[start:first], later=recorder.events[first:later],
         names=recorder.names, parameters=sum(size for size, _ in sizes),
         trainable=sum(size for size, trains in sizes if trains), flops=recorder.flops,
-        plans=list(steps.planned.plans), tokens=count_tokens(pieces, model.layout),
+        plans=list(steps.planned.plans), tokens=tokens,
     )  # fmt: skip
 
 
@@ -113,7 +133,7 @@ def count_tokens(pieces: Iterable[Batch], layout: str) -> dict[str, int]:
     return dict(total)
 
 
-class _Steps:
+class Steps:
     """Runs optimizer steps as the trainers do."""
 
     def __init__(
@@ -145,29 +165,42 @@ class _Steps:
         if self.autocast is not None:
             compute = torch.autocast("cpu", dtype=self.autocast)  # type: ignore[assignment]
         with recorder.phase("batch"):
-            batch = {
-                name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-                for name, value in piece.items()
-            }
-        layout = plan_layout(piece, self.settings.layout)
+            batch = on_device(piece)
         with recorder.phase("forward"), compute, nothing_packed():
-            if self.settings.scalar:
-                loss = run_layout(self.model, batch, layout, self._scores)
-            else:
-                loss = run_layout(self.model, batch, layout, self.planned(_largest_group(piece)))
+            loss = self.loss(batch, plan_layout(piece, self.settings.layout), largest_group(piece))
         with recorder.phase("backward"), nothing_packed():
             loss.backward()
         del loss
         recorder.rename((p.grad for p in self.trainable if p.grad is not None), "gradients")
         recorder.end_pass()
 
-    def _scores(self, hidden: Tensor, head: Any) -> Tensor:
-        linear = scalar_head(self.model)
+    def loss(self, batch: Batch, layout: TokenLayout | None, group_rows: int) -> Tensor:
+        """0-dim, of a pass. group_rows: scored rows of the largest group."""
+        head_fn = scores_of(self.model) if self.settings.scalar else self.planned(group_rows)
+        loss: Tensor = run_layout(self.model, batch, layout, head_fn)
+        return loss
+
+
+def scores_of(model: nn.Module) -> Callable[[Tensor, Any], Tensor]:
+    """`head_fn` of a scalar model without numbers: from hidden (n, H) to the sum of its scores."""
+    linear = scalar_head(model)
+
+    def head_fn(hidden: Tensor, head: Any) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return nn.functional.linear(hidden.float(), linear.weight.float()).sum()
 
+    return head_fn
 
-def _largest_group(piece: Batch) -> int:
+
+def on_device(piece: Batch) -> dict[str, Any]:
+    """A batch whose tensors have no memory."""
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        for name, value in piece.items()
+    }
+
+
+def largest_group(piece: Batch) -> int:
     """Scored rows of the example that has most of them."""
     counts = np.diff(np.asarray(piece["cu_seqlens"]))
     return int(np.bincount(np.asarray(piece["groups"]), weights=counts).max(initial=1))

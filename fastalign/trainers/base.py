@@ -62,7 +62,10 @@ class FusedTrainer(Trainer):
                 raise ValueError(f"{feature} is not supported yet: run with DistributedDataParallel")
         if (shards := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) != 1:
             raise ValueError(f"tensor, context and sequence parallelism are not supported yet, got {shards} shards")
-        self.micro_batch_tokens = by_device(self.args.micro_batch_tokens, DEFAULT_MICRO_BATCH_TOKENS, self.args)
+        given = self.args.micro_batch_tokens
+        limit = None if given == "auto" else given  # until `_set_layout`
+        self.micro_batch_tokens = by_device(limit, DEFAULT_MICRO_BATCH_TOKENS, self.args)
+        self._chosen_size: tuple[int, int] | None = None  # micro_batch_tokens, and the bytes it was planned for
         self._train_meter, self._eval_meter = Meter(), Meter()
         self.token_layout = "padded"  # until `_set_layout`
         self._tokens = TokenCounter()  # of this process, since the last log
@@ -91,8 +94,13 @@ class FusedTrainer(Trainer):
         return layout
 
     def _set_layout(self, *models: nn.Module, **given: Any) -> None:
-        """Settle how tokens go through the fused models; see `choose_layout`."""
+        """Settle how tokens go through the fused models, and how many at a time; see `choose_layout`, `choose_size`."""
         self.token_layout = choose_layout(models, self.args, **given)
+        if self.args.micro_batch_tokens == "auto" and self.train_dataset is not None:
+            from fastalign.trainers.auto_size import choose_size  # which knows all trainers
+
+            self._chosen_size = choose_size(self)
+            self.micro_batch_tokens = self._chosen_size[0]
 
     def num_items(self, batch: Batch) -> int:
         """What the loss of a batch is a mean over; by default its examples."""
@@ -251,10 +259,14 @@ class FusedTrainer(Trainer):
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside transformers' files, as JSON."""
-        return {"num_tokens": self._total_tokens}
+        return {"num_tokens": self._total_tokens, "chosen_size": self._chosen_size}
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
         self._total_tokens = state["num_tokens"]
+        chosen, own = state.get("chosen_size"), self._chosen_size
+        if chosen is not None and own is not None and chosen[1] == own[1]:  # another budget is another choice
+            self._chosen_size = (chosen[0], chosen[1])
+            self.micro_batch_tokens = chosen[0]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._new_tokens()  # counted, so that they are in the checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -13,17 +13,18 @@ from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.ops.backends import BACKENDS
 from fastalign.ops.schedule import SCHEDULES
+from fastalign.trainers.token_settings import TOKEN_LAYOUTS, check_token_settings, padding_multiple, pass_tokens
 
 # Constants per device type, never derived from free memory: the same run does the same work everywhere.
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKEN_LAYOUTS = ("auto", "padded", "packed", "shared")
-# pad_to_multiple_of may be given as text, and is a number or None once __post_init__ has seen it
+# These may be given as text, and are what type checkers see once __post_init__ has seen them.
 if TYPE_CHECKING:
     _Multiple = int | None
+    _PassTokens = int | Literal["auto"] | None
 else:
-    _Multiple = int | str | None
+    _Multiple = _PassTokens = int | str | None
 REFUSED = "Not supported yet: any other value is refused."
 
 
@@ -131,14 +132,21 @@ class TrainerConfig(TrainingArguments):
     )
 
     # ---- engine
-    micro_batch_tokens: int | None = field(
+    micro_batch_tokens: _PassTokens = field(
         default=None,
         metadata=described(
             "Tokens that one forward and backward pass computes, padding included. A larger device batch is cut "
             "between examples, longest first, and its gradients added up: the same update with less padding and "
-            "memory. 0 never cuts. By default "
+            "memory. 0 never cuts; auto plans how many fit into memory_gb. By default "
             + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_MICRO_BATCH_TOKENS.items())
             + "."
+        ),
+    )
+    memory_gb: float | None = field(
+        default=None,
+        metadata=described(
+            "GiB that micro_batch_tokens=auto may plan for; by default nine tenths of the GPU's, on the CPU it has to "
+            "be given."
         ),
     )
     token_layout: str = field(
@@ -202,12 +210,13 @@ class TrainerConfig(TrainingArguments):
                 setattr(self, spec.name, spec.default)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
+        self.pad_to_multiple_of = padding_multiple(self.pad_to_multiple_of)
+        self.micro_batch_tokens = pass_tokens(self.micro_batch_tokens)
         self._resolve_checkpointing()
         super().__post_init__()
         self._refuse_unsupported()
         self._check_values()
-        self._check_layout()
+        check_token_settings(self)
 
     def _resolve_checkpointing(self) -> None:
         """On by default. Newer transformers call it activation_checkpointing and warn of the name that people know."""
@@ -247,8 +256,6 @@ class TrainerConfig(TrainingArguments):
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}={value}: it must be positive")
-        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 0:
-            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens}: a number of tokens, or 0 for no limit")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: it must be in [0, 1)")
         if self.dtype in ("bfloat16", "float16") and self.fp16:
@@ -256,47 +263,6 @@ class TrainerConfig(TrainingArguments):
         for name, choices in (("dtype", _DTYPES), ("dataset_format", FORMATS), ("on_bad_row", ON_BAD_ROW)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(choices)}")
-
-    def _check_layout(self) -> None:
-        if self.token_layout not in TOKEN_LAYOUTS:
-            raise ValueError(f"token_layout={self.token_layout!r}: accepted are {', '.join(TOKEN_LAYOUTS)}")
-        if self.padding_free:
-            if self.token_layout == "padded":
-                raise ValueError("padding_free=True with token_layout='padded': leave out one of the two")
-            if self.token_layout == "auto":
-                self.token_layout = "packed"
-        if self.pad_to_multiple_of is not None and self.token_layout in ("packed", "shared"):
-            raise ValueError(
-                f"pad_to_multiple_of={self.pad_to_multiple_of} with token_layout={self.token_layout!r}, which has no "
-                "padding: leave out one of the two"
-            )
-        if (budget := self.max_tokens_per_batch) is None:
-            return
-        if budget < 1:
-            raise ValueError(f"max_tokens_per_batch={budget}: a positive number of tokens is accepted")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"max_tokens_per_batch with train_sampling_strategy={self.train_sampling_strategy!r}: batches are made "
-                "by length already; accepted are 'random' and 'sequential'"
-            )
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size has no effect with max_tokens_per_batch: leave out one of the two")
-        for name, accepted in (("split_batches", False), ("even_batches", True), ("dispatch_batches", None)):
-            if (value := getattr(self.accelerator_config, name, accepted)) != accepted:
-                raise ValueError(
-                    f"accelerator_config {name}={value!r} with max_tokens_per_batch, whose batches are shared out when "
-                    f"they are made; accepted is {accepted!r}"
-                )
-
-
-def _multiple(given: int | str | None) -> int | None:
-    """`pad_to_multiple_of` as a number: TRL takes it as text too, and "auto", which pads on AWS Trainium alone."""
-    if given is None or (isinstance(given, str) and given.lower() in ("auto", "none", "null")):
-        return None
-    number = int(given) if isinstance(given, str) and given.isdecimal() else given
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"pad_to_multiple_of={given!r}: a positive whole number, 'auto' or None is accepted")
-    return number
 
 
 def by_device(given: int | None, defaults: dict[str, int], args: TrainerConfig) -> int:

@@ -199,7 +199,7 @@ class DPOConfig(TrainerConfig):
             )
         if self.micro_batch_tokens:
             raise ValueError(
-                f"micro_batch_tokens={self.micro_batch_tokens}: loss_type={self.loss_type!r} sorts over the device "
+                f"micro_batch_tokens={self.micro_batch_tokens!r}: loss_type={self.loss_type!r} sorts over the device "
                 "batch, which must not be cut; accepted is 0"
             )
         if self.schedule == "streamed":

@@ -6,10 +6,12 @@ import copy
 import ctypes
 import gc
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +30,12 @@ from transformers import (
 from fastalign.ops.workspace import free_workspace
 from fastalign.trainers.config import TrainerConfig
 from fastalign.trainers.loading import load_tokenizer
+from fastalign.trainers.phase_plan import PhasePlan
+from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.run_data import made_examples
-from fastalign.trainers.run_plan import RunPlan, replace_fields, run_plan
+from fastalign.trainers.run_plan import run_plan
+from fastalign.trainers.run_settings import Planned, replace_fields
+from fastalign.trainers.step_plan import RunPlan
 
 _MARK = "FASTALIGN_STEP_BENCH "
 
@@ -56,9 +62,11 @@ def measure_steps(
     """Train `steps` steps on the heaviest batch of a run, with random weights, in a fresh process.
 
     trainer: class in fastalign.trainers; config_class: module and name; given: its fields, JSON-able. tokens: made
-    sequences of so many tokens instead of the run's data. Other arguments as in `RunPlan`.
+    sequences of so many tokens instead of the run's data. micro_batch_tokens: in place of the config's. Of PPO,
+    rewards that are functions are left out: every completion gets the same number.
 
-    Raises RuntimeError with the process's last words if it fails; ValueError where peak memory cannot be read.
+    Raises RuntimeError saying in a line why the process failed, its last words beside (`__notes__`); ValueError where
+    peak memory cannot be read.
     """
     if not Path("/proc/self/clear_refs").exists() and not torch.cuda.is_available():
         raise ValueError("peak memory of a process on the CPU is read from /proc, which only Linux has")
@@ -67,14 +75,30 @@ def measure_steps(
         "micro_batch_tokens": micro_batch_tokens,
     }  # fmt: skip
     code = "from fastalign.trainers.run_bench import child; child()"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], input=json.dumps(order), capture_output=True, text=True, timeout=timeout,
-        check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], input=json.dumps(order), capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the measured process took more than {timeout:g} seconds, and was stopped") from error
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if not found:
-        raise RuntimeError(f"the measured process failed ({done.returncode}): {done.stderr.strip()[-2000:]}")
-    return StepMeasurement(**json.loads(found[-1].removeprefix(_MARK)))
+    if found:
+        return StepMeasurement(**json.loads(found[-1].removeprefix(_MARK)))
+    failure = RuntimeError(_why(done.returncode, done.stderr))
+    failure.add_note(done.stderr.strip()[-4000:])
+    raise failure
+
+
+def _why(status: int, stderr: str) -> str:
+    """In a line, why a process failed."""
+    if status < 0:
+        reason = signal.Signals(-status).name
+        if -status == signal.SIGKILL:
+            reason += ", as the system does where memory runs out"
+        return f"the measured process was killed by {reason}"
+    lines = [line for line in stderr.splitlines() if line and not line[0].isspace()]
+    return f"the measured process failed ({status}): {lines[-1] if lines else 'without a word'}"
 
 
 # In the measured process ----------------------------------------------------------------------------------------------
@@ -90,47 +114,72 @@ def child() -> None:
     module, name = order["config"]
     trainer_class = getattr(importlib.import_module("fastalign.trainers"), order["trainer"])
     with tempfile.TemporaryDirectory() as folder:
-        fields = order["given"] | _overrides(folder, order["steps"])
         config_class = getattr(importlib.import_module(module), name)
-        if "precompute_ref_log_probs" in config_class.__dataclass_fields__:
-            fields["cache_dir"] = f"{folder}/cache"
+        fields = order["given"] | _overrides(folder, order["steps"], config_class.__dataclass_fields__)
+        if (limit := order["micro_batch_tokens"]) is not None:
+            fields |= {"micro_batch_tokens": limit, "memory_gb": None}
         args = config_class(**fields)
         plan = run_plan(args, tokens=order["tokens"])
-        limit = order["micro_batch_tokens"]
-        args.micro_batch_tokens = plan.micro_batch_tokens if limit is None else limit
+        args.micro_batch_tokens = plan.micro_batch_tokens
         print(_MARK + json.dumps(_measured(plan, args, trainer_class)._asdict()))
 
 
-def _overrides(folder: str, steps: int) -> dict[str, Any]:
-    """Of a run that is only measured."""
-    return {
+def _overrides(folder: str, steps: int, fields: Container[str]) -> dict[str, Any]:
+    """Of a run that is only measured, those that its config has."""
+    given = {
         "output_dir": folder, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
         "dataset_test_split": None, "train_sampling_strategy": "sequential", "disable_tqdm": True, "logging_steps": 1,
-        "push_to_hub": False, "max_tokens_per_batch": None, "load_best_model_at_end": False,
+        "push_to_hub": False, "load_best_model_at_end": False, "total_episodes": None, "cache_dir": f"{folder}/cache",
     }  # fmt: skip
+    return {name: value for name, value in given.items() if name in fields}
 
 
 def _measured(plan: RunPlan, args: TrainerConfig, trainer_class: Any) -> StepMeasurement:
     set_seed(args.seed)
-    heaviest = plan.heaviest(args.micro_batch_tokens or 0).tolist()
-    rows = [plan.data[i] for i in heaviest] * (args.gradient_accumulation_steps * args.max_steps)
-    data = Dataset.from_list(rows)
-    tokenizer = _tokenizer(args)
     on_gpu = args.device.type == "cuda"
+    tokenizer = _tokenizer(args)
     _warm_up(plan, args, trainer_class, tokenizer)
     _give_back()
     clock = _Clock(on_gpu)
     process = _status("VmRSS")
-    trainer = trainer_class(
-        model=_random_model(plan, plan.config),
-        args=args,
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
+    trainer = _trainer(plan, args, trainer_class, tokenizer, plan.step_data(), callbacks=[clock])
     trainer.train()
     peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM") - process
     return StepMeasurement(peak, process, clock.seconds)
+
+
+def _trainer(
+    plan: RunPlan, args: TrainerConfig, trainer_class: Any, tokenizer: Any, rows: list[Any], *, tiny: bool = False,
+    **given: Any,
+) -> Any:  # fmt: skip
+    """A trainer of random weights, whose every step is over `rows`. tiny: only the classes of the models count."""
+    args = copy.copy(args)
+
+    def model(planned: Planned) -> nn.Module:
+        return _random_model((_tiny(planned[0]), planned[1]) if tiny else planned)
+
+    if isinstance(plan, PhasePlan):
+        assert isinstance(args, PPOConfig)
+        rewards = [model(reward) for reward in plan.rewards]
+        given |= {"reward_model": rewards or _same_reward}
+        given |= {"value_model": None if plan.critic is None else model(plan.critic)}
+        if plan.reference is not None and args.ref_model_name_or_path is not None:  # else the trainer makes a copy
+            given["ref_model"] = model(plan.reference)
+        args.reward_model_path = args.reward_funcs = args.reward_weights = None
+        args.value_model_path = args.ref_model_name_or_path = None
+        args.min_response_length = args.response_length
+        rows = rows * args.max_steps
+    else:
+        args.per_device_train_batch_size, args.max_tokens_per_batch = len(rows), None
+        rows = rows * (args.gradient_accumulation_steps * args.max_steps)
+    return trainer_class(
+        model=model((plan.config, plan.model)), args=args, train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer, **given,
+    )  # fmt: skip
+
+
+def _same_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return [1.0] * len(completion_ids)
 
 
 def _tokenizer(args: TrainerConfig) -> Any:
@@ -148,10 +197,10 @@ def _tokenizer(args: TrainerConfig) -> Any:
         )
 
 
-def _random_model(plan: RunPlan, config: PretrainedConfig) -> nn.Module:
+def _random_model(planned: Planned) -> nn.Module:
     """A model of this config with random weights, as the run loads it, before any adapter."""
-    settings, auto = plan.model, AutoModelForCausalLM
-    config = copy.deepcopy(config)
+    config, settings = copy.deepcopy(planned[0]), planned[1]
+    auto = AutoModelForCausalLM
     if settings.scalar:
         auto, config.num_labels, config.problem_type = AutoModelForSequenceClassification, 1, "regression"
     given = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
@@ -165,24 +214,28 @@ _TINY = {
 }  # fmt: skip
 
 
-def _warm_up(plan: RunPlan, args: TrainerConfig, trainer_class: Any, tokenizer: Any) -> None:
-    """The run itself on a model of its class that is as small as can be: afterwards code, threads, libraries' buffers
-    and the interpreter's objects are there, which no plan counts.
-    """
-    config = copy.deepcopy(plan.config)
+def _tiny(config: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(config)
     for name, value in _TINY.items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
+    return config
+
+
+def _warm_up(plan: RunPlan, args: TrainerConfig, trainer_class: Any, tokenizer: Any) -> None:
+    """The run itself on models of its classes that are as small as can be: afterwards code, threads, libraries' buffers
+    and the interpreter's objects are there, which no plan counts.
+    """
     with tempfile.TemporaryDirectory() as folder:
         small = replace_fields(args, output_dir=folder, max_steps=1, per_device_train_batch_size=1)
         if hasattr(small, "cache_dir"):
             small.cache_dir = f"{folder}/cache"
-        data, _ = made_examples(small, 16, small.gradient_accumulation_steps)
-        trainer_class(
-            model=_random_model(plan, config), args=small, train_dataset=data, processing_class=tokenizer
-        ).train()  # fmt: skip
+        if isinstance(small, PPOConfig):
+            small.response_length, small.per_device_train_batch_size = 8, small.num_generations
+        data, _ = made_examples(small, 16, 1)
+        _trainer(plan, small, trainer_class, tokenizer, data.to_list(), tiny=True).train()
 
 
 def _status(name: str) -> int:

@@ -11,6 +11,8 @@ from fastalign.trainers.dpo_config import DPOConfig
 from fastalign.trainers.dpo_setup import examples_of
 from fastalign.trainers.examples import Examples
 from fastalign.trainers.loading import load_tokenizer
+from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.ppo_models import prompt_sets
 from fastalign.trainers.pro_config import PROConfig
 from fastalign.trainers.pro_examples import ListExamples
 from fastalign.trainers.reward_config import RewardConfig
@@ -29,10 +31,12 @@ def examples_for(args: TrainerConfig, tokenizer: Any) -> Examples:
         return ListExamples(tokenizer, args)
     if isinstance(args, RewardConfig):
         return RewardExamples(tokenizer, args)
+    if isinstance(args, PPOConfig):
+        return prompt_sets(tokenizer, args).examples
     if isinstance(args, SFTConfig):
         prepare_tokenizer(tokenizer, args)
         return completion_examples(tokenizer, args)
-    raise ValueError(f"{type(args).__name__}: plans are made for SFTConfig, RewardConfig, DPOConfig and PROConfig")
+    raise ValueError(f"{type(args).__name__} is not the config of a trainer that plans are made for")
 
 
 def read_examples(args: TrainerConfig, model: str) -> tuple[Dataset, Examples]:
@@ -52,22 +56,33 @@ class _AnyTokenizer:
     pad_token_id = eos_token_id = 0
 
 
-def made_examples(args: TrainerConfig, tokens: int, count: int) -> tuple[Dataset, Examples]:
-    """`count` examples of sequences of `tokens` tokens, half of them the prompt's; all of them SFT's but the first."""
+def made_examples(args: TrainerConfig, tokens: int, count: int | None = None) -> tuple[Dataset, Examples]:
+    """Examples of sequences of `tokens` tokens, half of them the prompt's; all of them SFT's but the first. Of PPO's,
+    prompts that leave room for response_length tokens. count: by default as many as a device batch may hold.
+    """
     if tokens < 4:
         raise ValueError(f"tokens={tokens}: a sequence has at least 4")
-    prompt, response = [0] * (tokens // 2), [1] * (tokens - tokens // 2)
+    if count is None:
+        limit = args.max_tokens_per_batch
+        count = args.per_device_train_batch_size if limit is None else max(limit // tokens, 1)
+    prompt = [0] * (tokens // 2)
+    # responses to a prompt that differ from the first token on: nothing but the prompt is shared
+    responses = [[i + 1] * (tokens - tokens // 2) for i in range(RESPONSES)]
     row: dict[str, Any] = {"prompt_ids": prompt, "row": 0}
     if isinstance(args, SFTConfig):
-        row = {"input_ids": prompt + response, "completion_mask": [False] + [True] * (tokens - 1), "row": 0}
+        row = {"input_ids": prompt + responses[0], "completion_mask": [False] + [True] * (tokens - 1), "row": 0}
+    elif isinstance(args, PPOConfig):
+        if tokens <= args.response_length:
+            raise ValueError(f"tokens={tokens}: no room for a prompt beside response_length={args.response_length}")
+        row["prompt_ids"] = [0] * (tokens - args.response_length)
     elif isinstance(args, PROConfig):
-        row |= {"response_ids": [response] * RESPONSES, "ranks": [float(i + 1) for i in range(RESPONSES)]}
+        row |= {"response_ids": responses, "ranks": [float(i + 1) for i in range(RESPONSES)]}
     elif isinstance(args, DPOConfig) and not args.on_pairs:
-        row |= {"completion_ids": response, "label": True}
+        row |= {"completion_ids": responses[0], "label": True}
         if args.needs_kl:
-            row["kl_completion_ids"] = response
+            row["kl_completion_ids"] = responses[1]
     else:
-        row |= {"chosen_ids": response, "rejected_ids": response}
+        row |= {"chosen_ids": responses[0], "rejected_ids": responses[1]}
     tokenizer = _AnyTokenizer()
     if isinstance(args, SFTConfig):
         return Dataset.from_list([row] * count), completion_examples(tokenizer, args)

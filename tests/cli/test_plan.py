@@ -52,7 +52,7 @@ def test_plan_of_another_trainer_and_device_without_data(checkpoint, capsys):
     ("argv", "message"),
     [
         (["plan", "--trainer", "dop"], "--trainer 'dop'"),
-        (["plan", "--trainer", "ppo"], "accepted are dpo, sft, reward, pro"),
+        (["plan", "--trainer", "rloo"], "accepted are dpo, sft, reward, pro, ppo"),
         (["plan", "--tokens", "none"], "model_name_or_path is missing"),
         (["plan", "--model_name_or_path", "m"], "dataset_name is missing"),
         (["plan", "--model_name_or_path", "m", "--tokens", "none"], "--tokens takes a positive number, got 'none'"),

@@ -83,6 +83,7 @@ def test_the_heaviest_batch_fills_a_pass(folder):
     made.__dict__["sizes"] = np.array([90, 70, 50, 50, 33, 10, 10, 10])
     assert made.heaviest(100).tolist() == [2, 3, 2, 3, 2, 3]
     assert made.heaviest(95).tolist() == [0] * 6
+    assert made.heaviest(110).tolist() == [0, 5, 6] * 2, "50 + 50 leave room"
     assert made.heaviest(60).tolist() == [0] * 6, "one that is larger than a pass is a pass of its own"
     assert made.heaviest(0).tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -113,10 +114,29 @@ def test_auto_sizing_stays_within_the_budget(folder):
         made.auto()
 
 
+def test_budgets_of_tokens_have_the_heaviest_batch_that_they_allow(folder):
+    """A batch of at most so many computed tokens, as `TokenBatches` makes them, in passes as full as they can be."""
+    made = run_plan(settings(SFTConfig, folder, max_tokens_per_batch=300), tokens=32)
+    made.__dict__["sizes"] = np.array([90, 70, 50, 50, 33, 10, 10, 10])
+    assert made.heaviest(100).tolist() == [2, 3] * 3
+    assert made.heaviest(90).tolist() == [0, 0, 0]
+    assert made.heaviest(0).tolist() == made.heaviest(1000).tolist() == [0, 1, 2, 3, 4], "one pass of 293 tokens"
+    real = run_plan(settings(DPOConfig, folder, max_tokens_per_batch=1000, micro_batch_tokens=400), tokens=64)
+    plan = real.plan()
+    assert 900 < plan.tokens["computed"] <= 1000
+    assert 300 < plan.pass_tokens <= 400
+    _, sized = real.auto(memory_gb=1)
+    assert sized.micro_batch_tokens == 1024
+    assert sized.passes == 1
+
+
 def test_what_cannot_be_planned_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="PPOConfig: plans are made for"):
-        run_plan(settings(PPOConfig, folder), tokens=32)
     with pytest.raises(ValueError, match=r"dataset_name is missing|tokenizer"):
         run_plan(settings(DPOConfig, folder))
     with pytest.raises(ValueError, match="tokens=3"):
         run_plan(settings(DPOConfig, folder), tokens=3)
+    with pytest.raises(ValueError, match="tokens=32: no room for a prompt beside response_length=32"):
+        run_plan(settings(PPOConfig, folder, response_length=32), tokens=32)
+    for given, word in (({"policy_loss": "trpo"}, "policy_loss='trpo'"), ({"use_vllm": True}, "use_vllm=True")):
+        with pytest.raises(ValueError, match=f"{word} cannot be planned"):
+            run_plan(settings(PPOConfig, folder, **given), tokens=256)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,33 @@ def shared_dir() -> Path:
             f"{path} has no {', '.join(missing)}; set FASTALIGN_DATA to the folder of data/, models/ and golden/"
         )
     return path
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """launch(script, *arguments, processes=2): a script in so many processes at once, as torchrun starts them."""
+    return launch_processes
+
+
+def launch_processes(script: Path, *arguments: object, processes: int = 2, timeout: float = 300) -> None:
+    """One core each. Whatever fails or hangs ends all of them; the error is what the first one to fail wrote last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    workers = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(processes)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for rank, worker in enumerate(workers):
+            _, errors = worker.communicate(timeout=max(deadline - time.monotonic(), 1))
+            assert worker.returncode == 0, f"process {rank}: {errors[-4000:]}"
+    finally:
+        for worker in workers:
+            worker.kill()

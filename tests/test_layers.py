@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"types", "ops", "models"},
     "trainers": {"types", "ops", "losses", "linear", "data", "models", "reference", "rollouts", "planning"},
 }
+MAY_IMPORT["doctor"] = {*MAY_IMPORT} - {"kernels", "demo", "cli"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT} - {"kernels"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT} - {"kernels"}
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "cache": "build, inspect or verify a cache of reference log-probs",
     "plan": "predict the memory and work of a training step from its settings, before it runs",
     "bench": "measure a few training steps beside what was planned for them",
+    "doctor": "check the identities that must hold on a run's own model, data and backends, before it starts",
     "env": "print versions, devices and backends, and why one is unavailable",
 }
 

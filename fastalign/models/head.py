@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -79,6 +80,11 @@ def attach_head(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
     module = _head_module(base_causal_lm(model))
     if hidden.device != head.weight.device:  # a model spread over devices may end on another one than its head
         hidden = hidden.to(head.weight.device)
+    if isinstance(head.weight, DTensor):
+        raise ValueError(
+            f"the head of {type(base_causal_lm(model)).__name__} is sharded where it is used: tensor parallelism is "
+            "not supported, and FSDP2 has to shard the model that is called, or its output layer as a whole"
+        )
     if not isinstance(module, BaseTunerLayer) or module.disable_adapters or module.merged:
         return hidden, head
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", ())]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastalign.models.inference import evaluating
+from fastalign.models.sharding import call_within
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ def _fused_forward(cls: type[PreTrainedModel]) -> Callable[..., Any]:
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in backbone.parameters())
         with torch.set_grad_enabled(trains):
             hidden = backbone(*args, **kwargs).last_hidden_state
-        return _scores_at(hidden, torch.as_tensor(rows), scalar_head(self))
+        _, head = _named_head(self)
+        return call_within(head, lambda states: _scores_at(states, torch.as_tensor(rows), scalar_head(self)), hidden)
 
     return forward
 

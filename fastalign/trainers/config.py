@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastalign.data.formats import FORMATS
@@ -242,14 +243,14 @@ class TrainerConfig(TrainingArguments):
             "label_smoothing_factor": (0, "no logits exist to smooth over"),
             "use_liger_kernel": (False, "it replaces the forward that hands hidden states to the fused head"),
             "torch_compile": (False, "the loss enters the forward as a function of each batch"),
-            "deepspeed": (None, "run with DistributedDataParallel"),
+            "deepspeed": (None, "run with fsdp (FSDP2), or DistributedDataParallel"),
             "batch_eval_metrics": (False, "no logits exist to compute metrics from"),
         }
         for name, (accepted, reason) in others.items():
             if getattr(self, name, accepted) != accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}; accepted is {accepted!r}")
-        if self.fsdp:
-            raise ValueError("fsdp is not supported yet: run with DistributedDataParallel")
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError("fsdp shards over several processes and this is one: start it with torchrun or accelerate")
 
     def _check_values(self) -> None:
         positive = ("lora_r", "lora_alpha", "workspace_mb")

@@ -18,6 +18,7 @@ from fastalign.losses import kto_kl
 from fastalign.models import disable_dropout, fuse_head
 from fastalign.models.inference import evaluating
 from fastalign.models.layouts import run_layout
+from fastalign.models.sharding import whole_weights
 from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, grouped_by_prompt, num_examples, select_examples
@@ -241,7 +242,7 @@ class DPOTrainer(FusedTrainer):
             output = with_router_loss(output, aux_loss, self._router_coef, items=items, num_items=num_items)
         else:
             output = self.run_model(model, batch, head_fn)
-        if self._around.shift is not None and num_items is not None:  # in training
+        if self._around.shift is not None and num_items is not None and self._counts:  # in training
             self._around.shift.add(output.metrics)
         return output
 
@@ -266,15 +267,20 @@ class DPOTrainer(FusedTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     @torch.no_grad()
-    def _kl(self, mismatched: Iterable[Batch]) -> Tensor:
-        """KTO's z₀ over all batches of all processes, 0-dim; see `losses.kto_kl`."""
+    def _kl(self, mismatched: Iterable[Batch], *, alike: bool = True) -> Tensor:
+        """KTO's z₀ over all batches of all processes, 0-dim; see `losses.kto_kl`.
+
+        alike: every process has as many batches.
+        """
         total = torch.zeros(2, device=self.args.device)
         with evaluating(self.model), self.accelerator.autocast():
             for batch in mismatched:
-                for piece in self._pieces(self._prepare_inputs(batch)):
+                batch = self._prepare_inputs(batch)
+                pieces = self._pieces(batch) if alike else [(piece, True) for piece in self._own_pieces(batch)]
+                for piece, counts in pieces:
                     piece = self._reference.attach(piece, self.model)
                     logps = sequence_sums(batch_logps(self.model, piece, self.args, self.token_layout), piece)
-                    total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device)))
+                    total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device))) * counts
         total = self._sum_over_processes(total)
         return total[0] / total[1].clamp(min=1)
 
@@ -293,8 +299,8 @@ class DPOTrainer(FusedTrainer):
             self._around.chosen_tokens = torch.tensor(float(list_lengths(examples, "chosen_ids").sum()))
             self._around.pairs = len(examples)
         if self.args.needs_kl:
-            with self._clock_stopped():
-                self._around.kl = self._kl(self._mismatched(examples))
+            with self._clock_stopped(), whole_weights(self.model):
+                self._around.kl = self._kl(self._mismatched(examples), alike=False)
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def _mismatched(self, examples: Dataset) -> Iterable[Batch]:

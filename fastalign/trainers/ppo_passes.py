@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -119,16 +118,17 @@ class PassesTrainer(ActorCriticTrainer):
         if self.token_layout == "shared":
             batch = grouped_by_prompt(batch, self.micro_batch_tokens)
         pieces = self._pieces(batch)
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for index, (piece, taken) in enumerate(pieces):
+            with self._taking(taken, model, reduces=index == len(pieces) - 1):
                 with self.compute_loss_context_manager():
                     output = policy_value_loss(
                         model, piece, self.args, tokens=tokens, sequences=sequences,
                         penalty_coef=self.run.penalty.coef, policy_coef=policy_coef,
                         with_value=self.actor_critic.has_critic, layout=self._planned(piece, seen=0),
                     )  # fmt: skip
-                self.accelerator.backward(output.loss * processes)
+                self.accelerator.backward(output.loss * (processes * taken))
+            if not taken:
+                continue
             losses.append(output.loss.detach() * processes)
             metrics.append(output.metrics)
         if warmup:

@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(name, settings, tmp_path, capsys):
         (["--loss_type", "dpo"], "--loss_type: 'dpo' cannot be taken; accepted: one of sigmoid, robust, hinge"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--dataset_name", "absent.jsonl"], "absent.jsonl"),
-        (["--fsdp", "full_shard"], "fsdp is not supported yet"),
+        (["--fsdp", "full_shard"], "fsdp shards over several processes"),
     ],
 )
 def test_user_errors_are_2_and_one_line(flags, message, run_yaml, capsys):

@@ -23,17 +23,18 @@ from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.trainers.batches import Batch, num_examples, split_batch
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
+from fastalign.trainers.guarded import GuardedTrainer
 from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
-from fastalign.trainers.sharding import ShardingTrainer, check_shardable
+from fastalign.trainers.sharding import check_shardable
 from fastalign.trainers.token_batches import token_dataloader
 from fastalign.types import LossOutput, Metric
 
 STATE_FILE = "fastalign_state.json"
 
 
-class FusedTrainer(ShardingTrainer):
+class FusedTrainer(GuardedTrainer):
     """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
     Subclasses give `batch_loss`, `num_items`, `columns` and `evaluation_data`. The loss of an optimizer step is the
@@ -70,6 +71,7 @@ class FusedTrainer(ShardingTrainer):
         self._tokens = TokenCounter()  # of this process, since the last log
         self._total_tokens = 0.0  # of all processes, since training began
         self._clock: float | None = None
+        self._stand_guard()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(MetricsProgress)
@@ -146,12 +148,13 @@ class FusedTrainer(ShardingTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, or one of batches of at most `max_tokens_per_batch` computed tokens."""
-        if self.args.max_tokens_per_batch is None:
-            return super().get_train_dataloader()
-        if self.train_dataset is None:
-            raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
-        data = self._remove_unused_columns(self.train_dataset, description="training")
-        return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
+        with self._numbering():
+            if self.args.max_tokens_per_batch is None:
+                return super().get_train_dataloader()
+            if self.train_dataset is None:
+                raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
+            data = self._remove_unused_columns(self.train_dataset, description="training")
+            return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
 
     def compute_loss(
         self,
@@ -239,9 +242,6 @@ class FusedTrainer(ShardingTrainer):
 
     # ---- logging
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
-
     def _new_tokens(self) -> list[float]:
         """The counts of all processes since this was last asked; see `TokenCounter`."""
         wide = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -264,10 +264,14 @@ class FusedTrainer(ShardingTrainer):
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside transformers' files, as JSON."""
-        return {"num_tokens": self._total_tokens, "chosen_size": self._chosen_size}
+        return {
+            "num_tokens": self._total_tokens, "chosen_size": self._chosen_size, "guard": self.guard.state_dict()
+        }  # fmt: skip
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
         self._total_tokens = state["num_tokens"]
+        if "guard" in state:  # checkpoints of earlier versions have none
+            self.guard.load_state_dict(state["guard"])
         chosen, own = state.get("chosen_size"), self._chosen_size
         if chosen is not None and own is not None and chosen[1] == own[1]:  # another budget is another choice
             self._chosen_size = (chosen[0], chosen[1])

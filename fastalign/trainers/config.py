@@ -14,6 +14,8 @@ from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.ops.backends import BACKENDS
 from fastalign.ops.schedule import SCHEDULES
+from fastalign.trainers.guards import ACTIONS as BAD_STEP_ACTIONS
+from fastalign.trainers.guards import StepGuard
 from fastalign.trainers.token_settings import TOKEN_LAYOUTS, check_token_settings, padding_multiple, pass_tokens
 
 # Constants per device type, never derived from free memory: the same run does the same work everywhere.
@@ -194,6 +196,23 @@ class TrainerConfig(TrainingArguments):
         default=False, metadata=described("Also save base and adapter merged into one model, in output_dir/merged.")
     )
 
+    # ---- steps that cannot be trusted
+    on_bad_step: str = field(
+        default="stop",
+        metadata=described(
+            "Stop before a step whose loss or gradient is not finite or beyond the two limits below, leave it out, or "
+            "look at nothing; its rows are written to output_dir/bad_steps.jsonl.",
+            choices=BAD_STEP_ACTIONS,
+        ),
+    )
+    grad_norm_limit: float | None = field(
+        default=None, metadata=described("A gradient's norm above it, before clipping, makes a step bad.")
+    )
+    loss_spike: float | None = field(
+        default=None,
+        metadata=described("A loss so many deviations above the median of the last 100 steps makes a step bad."),
+    )
+
     # ---- TRL's options that are not supported, with the one value each may have
     activation_offloading: bool = field(default=False, metadata=described(REFUSED))
     dataset_num_proc: int | None = field(
@@ -218,6 +237,7 @@ class TrainerConfig(TrainingArguments):
         self._refuse_unsupported()
         self._check_values()
         check_token_settings(self)
+        StepGuard(self.on_bad_step, self.grad_norm_limit, self.loss_spike)  # checks the three
 
     def _resolve_checkpointing(self) -> None:
         """On by default. Newer transformers call it activation_checkpointing and warn of the name that people know."""

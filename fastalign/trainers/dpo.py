@@ -250,12 +250,12 @@ class DPOTrainer(FusedTrainer):
         """Pairs, or responses; several of these are one example where they share a prompt."""
         return num_examples(batch) if self.args.on_pairs else len(batch["lengths"])
 
-    def _pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
+    def _own_pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
         """Responses to one prompt are in one piece where they share it, unless they have too many tokens together."""
         if self.token_layout == "shared" and "prompts" in batch:
             own = batch if examples is None else select_examples(batch, np.arange(examples))
             batch, examples = grouped_by_prompt(own, self.micro_batch_tokens), None
-        return super()._pieces(batch, examples)
+        return super()._own_pieces(batch, examples)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
         """Items of an optimizer step; and what its loss has to know of all its batches before the first of them."""

@@ -52,8 +52,9 @@ class PassesTrainer(ActorCriticTrainer):
             self._train_meter.update(outputs[-1].metrics)
             if index < len(members) - 1:
                 if self.args.max_grad_norm > 0:
-                    self._clip_grad_norm(model)
-                self.optimizer.step()
+                    self._norm = self._clip_grad_norm(model)
+                if self.admit(model):
+                    self.optimizer.step()
                 model.zero_grad()
         last_pass = outputs[-len(members) // self.args.num_ppo_epochs :]
         if self.run.follows_penalty and not warmup:
@@ -130,6 +131,7 @@ class PassesTrainer(ActorCriticTrainer):
             if not taken:
                 continue
             losses.append(output.loss.detach() * processes)
+            self.show(piece, losses[-1])
             metrics.append(output.metrics)
         if warmup:
             critic = set(map(id, self.actor_critic.critic_parameters()))

@@ -124,7 +124,8 @@ class RunPlan:
 
     def _filled(self, order: np.ndarray, limit: int, most: int) -> np.ndarray:
         """Examples of any lengths that fill a pass, the longest first."""
-        chosen, room, smallest = [], limit, int(self.sizes[order[-1]])
+        chosen: list[int] = []
+        room, smallest = limit, int(self.sizes[order[-1]])
         for number in order.tolist():
             if room < smallest or len(chosen) == most:
                 break

@@ -22,6 +22,10 @@ class Failure(Exception):
     """A command did its work and the answer is no: one line, exit status 1."""
 
 
+class Stopped(Exception):
+    """SIGTERM ended a command before its work was done: one line, exit status 143."""
+
+
 class Raw(NamedTuple):
     """A setting as it was given. From the command line `value` is the list of its words (none for a bare flag)."""
 

@@ -6,9 +6,10 @@ import importlib
 import logging
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastalign.cli.flags import Failure, Raw, UsageError, collect, dataclass_field_names
+from fastalign.cli.flags import Failure, Raw, Stopped, UsageError, collect, dataclass_field_names
 
 if TYPE_CHECKING:
     from fastalign.trainers.base import FusedTrainer
@@ -110,11 +111,14 @@ def show_log(main_process: bool) -> None:
 def _train(trainer: FusedTrainer, resume: str | None) -> None:
     checkpoint: str | bool | None = {"true": True, "false": None}.get((resume or "false").lower(), resume)
     from fastalign.trainers.guards import BadStepError
+    from fastalign.trainers.stopping import Terminated
 
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"at step {trainer.state.global_step}; {_saved(trainer)}") from None
+    except Terminated:
+        raise Stopped(f"at step {trainer.state.global_step}; {_saved(trainer)}") from None
     except BadStepError as error:
         raise Failure(f"{error}. {_saved(trainer)}") from error
     trainer.save_model()
@@ -123,9 +127,10 @@ def _train(trainer: FusedTrainer, resume: str | None) -> None:
 
 
 def _saved(trainer: FusedTrainer) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+    from fastalign.trainers.checkpoint_files import checkpoints
 
-    last = get_last_checkpoint(trainer.args.output_dir)
+    found = checkpoints(Path(trainer.args.output_dir))
+    last = found[-1] if found else None
     return f"{last} is the last checkpoint: go on with --resume_from_checkpoint" if last else "nothing was saved yet"
 
 

@@ -21,9 +21,9 @@ from fastalign.models.causal import HeadFn
 from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.trainers.batches import Batch, num_examples, split_batch
+from fastalign.trainers.checkpoints import CheckpointingTrainer
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
-from fastalign.trainers.guarded import GuardedTrainer
 from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
@@ -34,7 +34,7 @@ from fastalign.types import LossOutput, Metric
 STATE_FILE = "fastalign_state.json"
 
 
-class FusedTrainer(GuardedTrainer):
+class FusedTrainer(CheckpointingTrainer):
     """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
     Subclasses give `batch_loss`, `num_items`, `columns` and `evaluation_data`. The loss of an optimizer step is the
@@ -281,9 +281,9 @@ class FusedTrainer(GuardedTrainer):
         self._new_tokens()  # counted, so that they are in the checkpoint
         super()._save_checkpoint(model, trial)
         self._clock = None
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
+
+    def write_run_files(self, folder: Path) -> None:
+        (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         file = Path(resume_from_checkpoint) / STATE_FILE

@@ -205,10 +205,10 @@ class DPOTrainer(FusedTrainer):
             self._around.shift.load_state_dict(state["reward_shift"])
         super().restore_run_state(state)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and isinstance(self._reference, LiveReference):
-            self._reference.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+    def write_run_files(self, folder: Path) -> None:
+        super().write_run_files(folder)
+        if isinstance(self._reference, LiveReference):
+            self._reference.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -33,7 +33,7 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> RowSource:
             if name.endswith((suffix, suffix + ".gz")):
                 with cast(IO[bytes], gzip.open(path) if name.endswith(".gz") else path.open("rb")) as stream:
                     return reader(stream, name)
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     raise ValueError(f"{name} is not of a known type; accepted are {', '.join(FILE_SUFFIXES)}")
 
@@ -130,7 +130,18 @@ def _read_parquet(name: str, columns: Sequence[str] | None) -> RowSource:
     with pyarrow.parquet.ParquetFile(name) as file:
         names = [column for column in file.schema_arrow.names if columns is None or column in columns]
         table = file.read(columns=names)
-    return RowSource(name, lambda i, j: table.slice(i, j - i).to_pylist(), 0, table.num_rows)
+    return RowSource(name, lambda i, j: _table_rows(table.slice(i, j - i)), 0, table.num_rows)
+
+
+def _table_rows(table: pyarrow.Table) -> list[Any]:
+    """Rows whose values Python cannot hold (text that is not UTF-8, a date of the year 300000) are `Unreadable`."""
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if table.num_rows == 1:
+            return [Unreadable(f"a value that cannot be read: {error}")]
+    half = table.num_rows // 2
+    return _table_rows(table.slice(0, half)) + _table_rows(table.slice(half))
 
 
 _READERS: dict[str, Callable[[IO[bytes], str], RowSource]] = {

@@ -97,7 +97,8 @@ def needs_chat(chat: bool, has_template: bool) -> None:
 def takes_no_template(template_kwargs: dict[str, Any]) -> None:
     """RowError where plain text comes with what only a template could take."""
     if template_kwargs:
-        raise RowError(Reason.UNSUPPORTED, f"{' and '.join(template_kwargs)} with plain text: no template takes it")
+        names = " and ".join(str(name)[:40] for name in list(template_kwargs)[:4])  # of the row's own, of any length
+        raise RowError(Reason.UNSUPPORTED, f"{names} with plain text: no template takes it")
 
 
 def checked_row(row: Any, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -8,11 +8,15 @@ import json
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import strategies as st
 
 from fastalign.data import prepare_completions, prepare_labelled, prepare_lists, prepare_preferences, prepare_prompts
 from fastalign.data.files import FILE_SUFFIXES, read_file
+from fastalign.data.report import BadRowsError
+from fastalign.data.rows import Unreadable
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -181,3 +185,72 @@ def test_tokenizers_that_lack_something(fuzz, make_tokenizer, without, max_lengt
         prepare_preferences(given, tokenizer, on_bad_row="skip", max_length=max_length)
 
     fuzz(check, st.lists(st.fixed_dictionaries({"prompt": text, "chosen": text, "rejected": text}), max_size=2))
+
+
+# What the campaigns found, each with what is said now.
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (
+            b'{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}',
+            "line 1: an object of the JSON has a key twice",
+        ),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: Exceeds the limit"),
+        (b'{"prompt": "a", "chosen": "\\ud83d", "rejected": "d"}', "chosen has a lone surrogate at character 0"),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "d", "margin": 1' + b"0" * 400 + b"}",
+            "margin is beyond what float32",
+        ),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "d", "margin": 1e300}', "margin is beyond what float32"),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "d", "tools": "' + b"[" * 100_000 + b'"}',
+            "tools: JSON nested too deep",
+        ),
+        (
+            b'{"prompt": [], "chosen": "b", "rejected": "d", "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}',
+            "chat_template_kwargs may not set chat_template",
+        ),
+        (
+            b'{"prompt": "a", "chosen": "b", "rejected": "d", "chat_template_kwargs": {"' + b"k" * 9000 + b'": 1}}',
+            "k with plain text",
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_row_is_named(make_tokenizer, tmp_path, data, says):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(BadRowsError) as refused:
+        prepare_preferences(str(path), make_tokenizer(), numbers=["margin"] if b"margin" in data else [])
+    assert str(path) in str(refused.value)
+    assert "row 0: " in str(refused.value)
+    assert says in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.json", b"[" * 100_000, "JSON nested too deep"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "Exceeds the limit"),
+        ("a.csv", b"chosen,chosen\n1,2", "has a column twice"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], "cannot be read"),
+        ("a.parquet", b"PAR1", "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, data, says):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=says) as refused:
+        read_all(path)
+    assert str(path) in str(refused.value)
+
+
+def test_text_in_parquet_that_is_no_text(tmp_path):
+    """Column files hold bytes; the row whose bytes are not UTF-8 is the one that is bad."""
+    values = pyarrow.array([b"good", b"\xff", b"good"], pyarrow.binary())
+    column = pyarrow.StringArray.from_buffers(3, *values.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "a.parquet")
+    first, second, third = read_all(tmp_path / "a.parquet")
+    assert first == third == {"prompt": "good"}
+    assert isinstance(second, Unreadable)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,28 @@ def test_an_interrupt_says_where_to_go_on(run_yaml, settings, capsys, monkeypatc
         f"fastalign dpo: interrupted; at step 1; {checkpoint} is the last checkpoint:"
         " go on with --resume_from_checkpoint"
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_lets_the_step_finish_and_be_saved(run_yaml, settings, capsys, monkeypatch, number, status, word):
+    from fastalign.trainers import DPOTrainer
+
+    original = DPOTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", step)
+    assert main(["dpo", "--config", str(run_yaml), "--save_steps", "100"]) == status
+    out = Path(settings["output_dir"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"fastalign dpo: {word}; at step 1; {out / 'checkpoint-1'} is the last checkpoint:"
+        " go on with --resume_from_checkpoint"
+    )
+    assert not (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir"])

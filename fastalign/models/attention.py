@@ -99,7 +99,11 @@ def uninstall(base: PreTrainedModel) -> None:
 
 @contextmanager
 def watched(seen: list[int | None]) -> Iterator[None]:
-    """Inside, each call of the function with segments adds its sliding window to `seen`."""
+    """Inside, each call of the function with segments adds its sliding window to `seen`.
+
+    What the model does is watched, and not a GPU's kernels, which have trials of their own: in training they may be
+    others, by autocast's precision, and FlexAttention takes long to compile.
+    """
     token = _watch.set(seen)
     try:
         yield
@@ -125,7 +129,10 @@ def _attention_over(former: str) -> Callable[..., Any]:
             return implementation(under, query, key, value, attention_mask, **kwargs)
         if (seen := _watch.get()) is not None:
             seen.append(kwargs.get("sliding_window"))
-        return segment_attention(module, query, key, value, segments, former, implementation, **kwargs), None
+        output = segment_attention(
+            module, query, key, value, segments, former, implementation, kernels=seen is None, **kwargs
+        )
+        return output, None
 
     return attention
 

@@ -36,12 +36,14 @@ def segment_attention(
     implementation: Implementation,
     *,
     sliding_window: int | None = None,
+    kernels: bool = True,
     **kwargs: Any,
 ) -> Tensor:
     """Attention of each token to its segment's tokens up to itself and to those of its prefix; (B, T, heads, D).
 
     query (B, heads, T, D), key and value (B, key heads, T, D) as transformers' attention functions take them; what the
     softmax is made of is up to `implementation`, transformers' function named `former`. 0 in the padding.
+    kernels: False takes that function for each segment, on a GPU too.
 
     Raises ValueError: attention that is not causal, keys of another length (a cache), or segments of another batch.
     """
@@ -58,7 +60,7 @@ def segment_attention(
         segment_kernels.tell(former)
         kwargs = kwargs | {"sliding_window": sliding_window}
         return scattered(flash(Under(module, former), flat, segments, implementation, **kwargs), segments)
-    if query.device.type in segment_kernels.DEVICES:
+    if kernels and query.device.type in segment_kernels.DEVICES:
         flat = _as_autocast(flat)
         layer = _for_a_kernel(flat, segments, former, sliding_window, kwargs)
         if layer is not None and (name := segment_kernels.choose(layer)) is not None:

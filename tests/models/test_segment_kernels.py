@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from fastalign.data import PreferenceCollator
 from fastalign.models import flex_attention, segment_kernels, varlen_attention
+from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.models.segment_attention import segment_attention
 from fastalign.models.segment_kernels import KERNELS, Kernel, Layer, choose, layer_of, plainly
 from fastalign.models.segments import Segments
@@ -189,6 +191,14 @@ def test_a_kernel_attends_for_eager_where_there_is_a_softcap(attend, on_any_devi
     got = segment_attention(*given, scaling=8**-0.5, softcap=0.5)
     assert on_any_device[-1].softcap == 0.5
     torch.testing.assert_close(got, attend.by_definition(*inputs, segments, softcap=0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_a_models_probe_asks_for_no_kernel(kit, on_any_device):
+    """It may be in another precision than training, and would wait for a compiler in vain."""
+    model = kit.make("llama", torch.float32)
+    assert not on_any_device
+    run_layout(model, batch := PreferenceCollator(0)(kit.pairs()), plan_layout(batch, "shared"), lambda hidden, head: 0)
+    assert len({id(layer) for layer in on_any_device}) >= 2  # in each layer, and in trials
 
 
 def test_what_no_kernel_knows_is_left_to_the_function(attend, on_any_device):

@@ -3,8 +3,10 @@
     python benchmarks/layouts.py --model hh-tiny --data hh_harmless.jsonl.gz [--rounds 5]
 
 Two batches: real preference pairs, and lists of short responses to one prompt each (random tokens), where calls of
-attention are many and small. Time is that of the process on one thread, so that other processes matter little; the
-median over interleaved rounds. Kept activations: distinct memory that autograd holds for the backward.
+attention are many and small. "shared, whole last layer" computes the last layer's queries and MLP for every token, read
+or not: the difference is what leaving them out saves. Time is that of the process on one thread, so that other
+processes matter little; the median over interleaved rounds. Kept activations: distinct memory that autograd holds for
+the backward.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from transformers import AutoTokenizer
 
 from fastalign.data import ListCollator, PreferenceCollator, prepare_preferences
 from fastalign.models import TOKEN_LAYOUTS, enable_segments, fuse_head, load_causal_lm, plan_layout, run_layout
+from fastalign.models.layouts import TokenLayout
 
 Batch = dict[str, Any]
 
@@ -48,9 +51,19 @@ def short_lists(vocabulary: int) -> Batch:
     return ListCollator(0)(examples)
 
 
+WHOLE = ", whole last layer"
+
+
+def planned(batch: Batch, mode: str) -> TokenLayout | None:
+    layout = plan_layout(batch, mode.removesuffix(WHOLE))
+    if layout is not None and mode.endswith(WHOLE):
+        layout.segments.needed = None
+    return layout
+
+
 def forward(model: nn.Module, batch: Batch, mode: str) -> torch.Tensor:
     """(n, H) hidden states of the scored rows; the plan is part of the work."""
-    return run_layout(model, batch, plan_layout(batch, mode), lambda hidden, head: hidden)
+    return run_layout(model, batch, planned(batch, mode), lambda hidden, head: hidden)
 
 
 def kept_mib(model: nn.Module, batch: Batch, mode: str) -> float:
@@ -82,7 +95,7 @@ def main() -> None:
     batches = {"pairs": real_pairs(arguments), "short lists": short_lists(model.config.vocab_size)}
     rows: list[dict[str, Any]] = []
     for name, batch in batches.items():
-        seconds: dict[str, list[float]] = {mode: [] for mode in TOKEN_LAYOUTS}
+        seconds: dict[str, list[float]] = {mode: [] for mode in (*TOKEN_LAYOUTS, "shared" + WHOLE)}
         gradient = torch.randn(len(batch["rows"]), model.config.hidden_size)
         for _ in range(arguments.rounds):
             for mode, own in seconds.items():
@@ -92,7 +105,7 @@ def main() -> None:
                 model.zero_grad()
         padded = statistics.median(seconds["padded"])
         for mode, own in seconds.items():
-            layout = plan_layout(batch, mode)
+            layout = planned(batch, mode)
             computed = batch["input_ids"].numel() if layout is None else layout.computed
             middle = statistics.median(own)
             rows.append(

@@ -4,10 +4,9 @@
     model(input_ids=ids, position_ids=positions, attention_mask=mask, segments=Segments(lengths, width))
 
 transformers' attention interface hands the keyword `segments` down to one registered function, which attends within
-each segment, and to the one that it continues, by the implementation that the model had before: FlashAttention's
-variable-length kernel where the model uses FlashAttention; torch's own (`torch.nn.attention.varlen`) on a GPU in 16
-bits; elsewhere a call a segment (`fastalign.models.segment_attention`). Restarting position_ids alone does not separate
-sequences.
+each segment, and to the one that it continues, as the implementation does that the model had before: where that is
+FlashAttention by its variable-length kernel, on a GPU by the kernel that `fastalign.models.segment_kernels` finds,
+elsewhere by a call a segment. Restarting position_ids alone does not separate sequences.
 
 Calls without `segments` go to the former implementation, with the masks it needs, so generation and evaluation are
 untouched. The name of ours is not saved with a model.
@@ -28,8 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastalign.models.head import base_causal_lm
 from fastalign.models.last_layer import LastLayer
-from fastalign.models.segment_attention import Implementation, segment_attention
+from fastalign.models.segment_attention import segment_attention
 from fastalign.models.segments import Segments
+from fastalign.models.varlen_attention import Implementation, Under
 
 PREFIX = "fastalign_segments_over_"
 _HOOKS = "_fastalign_segment_hooks"
@@ -99,7 +99,11 @@ def uninstall(base: PreTrainedModel) -> None:
 
 @contextmanager
 def watched(seen: list[int | None]) -> Iterator[None]:
-    """Inside, each call of the function with segments adds its sliding window to `seen`."""
+    """Inside, each call of the function with segments adds its sliding window to `seen`.
+
+    What the model does is watched, and not a GPU's kernels, which have trials of their own: in training they may be
+    others, by autocast's precision, and FlexAttention takes long to compile.
+    """
     token = _watch.set(seen)
     try:
         yield
@@ -120,11 +124,15 @@ def _attention_over(former: str) -> Callable[..., Any]:
         segments: Segments | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         implementation = _implementation(former, module)
-        if segments is None:
-            return implementation(module, query, key, value, attention_mask, **kwargs)
+        if segments is None:  # FlashAttention's function asks the config which package it is to call
+            under = Under(module, former) if former.startswith("flash_attention_") else module
+            return implementation(under, query, key, value, attention_mask, **kwargs)
         if (seen := _watch.get()) is not None:
             seen.append(kwargs.get("sliding_window"))
-        return segment_attention(module, query, key, value, segments, former, implementation, **kwargs), None
+        output = segment_attention(
+            module, query, key, value, segments, former, implementation, kernels=seen is None, **kwargs
+        )
+        return output, None
 
     return attention
 

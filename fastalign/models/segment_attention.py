@@ -3,30 +3,27 @@
 A segment's queries see the keys of its prefix and its own, up to themselves: [prefix keys, own keys] under a causal
 mask whose diagonal ends in the lower right corner. Nothing as large as the square of a row is ever made.
 
-    FlashAttention, torch's varlen kernel    one call; boundaries of queries and of keys, which repeat a prefix's
-    SDPA and eager                           a call a segment; where a mask is needed, one a block of queries, with a
-                                             view of one small mask
+    a GPU               one call for all segments, by a kernel that `fastalign.models.segment_kernels` chooses
+    SDPA and eager      a call a segment; where a mask is needed, one a block of queries, with a view of one small mask
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastalign.models import cpu_attention
+from fastalign.models import cpu_attention, segment_kernels
 from fastalign.models.cpu_attention import attend_to_prefix
 from fastalign.models.segments import Segments
-
-Implementation = Callable[..., tuple[Tensor, Tensor | None]]
+from fastalign.models.varlen_attention import Implementation, Under, flash, scattered
 
 BLOCK = 512
 """Queries of one call under a mask: the mask is (block, keys), and what a block cannot see is not computed."""
 
-_MASKED_SOFTMAX_EXTRAS = ("softcap", "s_aux", "position_bias")  # of the softmax, which torch's kernels know nothing of
+_OF_NO_KERNEL = ("s_aux", "position_bias", "cache")
 
 
 def segment_attention(
@@ -39,12 +36,14 @@ def segment_attention(
     implementation: Implementation,
     *,
     sliding_window: int | None = None,
+    kernels: bool = True,
     **kwargs: Any,
 ) -> Tensor:
     """Attention of each token to its segment's tokens up to itself and to those of its prefix; (B, T, heads, D).
 
     query (B, heads, T, D), key and value (B, key heads, T, D) as transformers' attention functions take them; what the
     softmax is made of is up to `implementation`, transformers' function named `former`. 0 in the padding.
+    kernels: False takes that function for each segment, on a GPU too.
 
     Raises ValueError: attention that is not causal, keys of another length (a cache), or segments of another batch.
     """
@@ -57,12 +56,38 @@ def segment_attention(
             "packed batches take no cache"
         )
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # (B·T, heads, D)
-    kwargs = kwargs | {"sliding_window": sliding_window}
     if former.startswith("flash_attention_"):
-        return _scattered(_flash(module, flat, segments, implementation, **kwargs), segments, query.device)
-    if _takes_varlen(flat, segments, former, **kwargs):
-        return _scattered(_varlen(flat, segments, kwargs.get("scaling")), segments, query.device)
-    return _one_by_one(module, flat, segments, former, implementation, **kwargs)
+        segment_kernels.tell(former)
+        kwargs = kwargs | {"sliding_window": sliding_window}
+        return scattered(flash(Under(module, former), flat, segments, implementation, **kwargs), segments)
+    if kernels and query.device.type in segment_kernels.DEVICES:
+        flat = _as_autocast(flat)
+        layer = _for_a_kernel(flat, segments, former, sliding_window, kwargs)
+        if layer is not None and (name := segment_kernels.choose(layer)) is not None:
+            return scattered(segment_kernels.KERNELS[name].run(flat, segments, layer), segments)
+    segment_kernels.tell(f"a call of {former} a segment on {query.device.type}")
+    return _one_by_one(module, flat, segments, former, implementation, sliding_window=sliding_window, **kwargs)
+
+
+def _as_autocast(flat: list[Tensor]) -> list[Tensor]:
+    """In autocast's dtype, where it is on, as PyTorch does for its own function."""
+    device = flat[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return flat
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in flat]
+
+
+def _for_a_kernel(
+    flat: list[Tensor], segments: Segments, former: str, window: int | None, kwargs: dict[str, Any]
+) -> segment_kernels.Layer | None:
+    """What is asked of a kernel in place of `former`; None where it is asked for by name, or does what none does."""
+    asked = {name: kwargs.get(name) for name in ("softcap", "scaling")} | {"dropout": kwargs.get("dropout") or 0.0}
+    if any(kwargs.get(name) is not None for name in _OF_NO_KERNEL) or (former == "eager" and asked["softcap"] is None):
+        return None
+    if len({tensor.dtype for tensor in flat}) > 1:
+        return None
+    return segment_kernels.layer_of(flat, segments, window, **asked)
 
 
 # A call a segment -----------------------------------------------------------------------------------------------------
@@ -153,7 +178,7 @@ def _plain(device: torch.device, kwargs: dict[str, Any]) -> bool:
     """Whether torch's CPU kernel, which reads a key for several query heads under a mask too, does all that is asked
     of transformers' SDPA function. That one copies keys and values for each query head, as GPU kernels need it.
     """
-    return device.type == "cpu" and all(kwargs.get(name) is None for name in (*_MASKED_SOFTMAX_EXTRAS, "cache"))
+    return device.type == "cpu" and all(kwargs.get(name) is None for name in (*_OF_NO_KERNEL, "softcap"))
 
 
 def _sdpa(
@@ -204,79 +229,3 @@ def _band(plan: list[tuple[int, list[_Call]]], window: int | None, former: str, 
         return None
     lowest = float("-inf") if former == "sdpa" else torch.finfo(like.dtype).min
     return _Band(max(rows for rows, _ in masked), max(diagonal for _, diagonal in masked), window, lowest, like)
-
-
-# One call -------------------------------------------------------------------------------------------------------------
-
-
-def _flash(
-    module: nn.Module, flat: list[Tensor], segments: Segments, implementation: Implementation, **kwargs: Any
-) -> Tensor:
-    """(N, heads, D) by transformers' FlashAttention function, which takes the boundaries of a row (1, N)."""
-    index = segments.varlen(flat[0].device)
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in _gathered(flat, segments))
-    boundaries = {
-        "cu_seq_lens_q": index.cu_seqlens, "cu_seq_lens_k": index.cu_seqlens_k, "max_length_q": index.longest,
-        "max_length_k": index.longest_k,
-    }  # fmt: skip
-    return implementation(module, q, k, v, None, **(kwargs | boundaries))[0][0]
-
-
-def _takes_varlen(
-    flat: list[Tensor],
-    segments: Segments,
-    former: str,
-    *,
-    sliding_window: int | None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> bool:
-    """Whether torch's variable-length kernel computes what the implementation would."""
-    query, _, value = flat
-    return (
-        former == "sdpa"
-        and query.device.type == "cuda"
-        and torch.version.cuda is not None
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[2] == value.shape[2]
-        and query.shape[2] % 8 == 0
-        and query.shape[2] <= 256
-        and not dropout
-        and (sliding_window is None or int((segments.lengths + segments.prefix_lengths).max()) <= sliding_window)
-        and all(kwargs.get(name) is None for name in _MASKED_SOFTMAX_EXTRAS)
-    )
-
-
-def _varlen(flat: list[Tensor], segments: Segments, scaling: float | None) -> Tensor:
-    """(N, heads, D) by torch's variable-length kernel; with fewer queries than keys its causal mask, FlashAttention's,
-    ends in the lower right corner.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    index = segments.varlen(flat[0].device)
-    q, k, v = _gathered(flat, segments)
-    output = varlen_attn(
-        q, k, v, index.cu_seqlens, index.cu_seqlens_k, index.longest, index.longest_k, scale=scaling,
-        window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    assert isinstance(output, Tensor)
-    return output
-
-
-def _gathered(flat: list[Tensor], segments: Segments) -> list[Tensor]:
-    """Queries without padding; keys and values of one segment after the other, each behind its prefix's."""
-    index = segments.varlen(flat[0].device)
-    positions = (index.positions, index.key_positions, index.key_positions)
-    return [
-        tensor.contiguous() if places is None else tensor.index_select(0, places)
-        for tensor, places in zip(flat, positions, strict=True)
-    ]
-
-
-def _scattered(output: Tensor, segments: Segments, device: torch.device) -> Tensor:
-    """(B, T, heads, D) of an output (N, heads, D), 0 in the padding."""
-    positions = segments.varlen(device).positions
-    if positions is not None:
-        whole = output.new_zeros(segments.shape[0] * segments.shape[1], *output.shape[1:])
-        output = whole.index_copy(0, positions, output)
-    return output.unflatten(0, segments.shape)

@@ -88,6 +88,19 @@ class Segments:
         """(S,) int64, tokens of each segment's prefix, 0 for none."""
         return np.where(self.prefixes < 0, 0, self.lengths[self.prefixes])
 
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the N tokens that are no padding, (N,) int64 each: the segment, the one that it continues (−1: none), and
+        the place behind that one's tokens."""
+        numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        ends = np.cumsum(self.lengths)
+        within = np.arange(int(ends[-1])) - (ends - self.lengths)[numbers]
+        return numbers, self.prefixes[numbers], self.prefix_lengths[numbers] + within
+
+    @cached_property
+    def longest_keys(self) -> int:
+        """Tokens that the last one of some segment sees, itself included."""
+        return int((self.lengths + self.prefix_lengths).max())
+
     def cached(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` makes, kept under `name`: every layer of a model, and a recomputing backward, need it again."""
         if name not in self._cache:

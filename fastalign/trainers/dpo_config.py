@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastalign.losses import DPO_LOSSES, F_DIVERGENCES, DPOLoss, DPOOptions, check_dpo_options
-from fastalign.trainers.config import REFUSED, TrainerConfig, described
-
-DEFAULT_CACHE_DIR = "~/.cache/fastalign/reference"
-DEFAULT_REF_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+from fastalign.trainers.config import REFUSED, described
+from fastalign.trainers.reference_config import ReferenceConfig
 
 
 def _default(option: str) -> Any:
@@ -17,17 +15,13 @@ def _default(option: str) -> Any:
 
 
 @dataclass
-class DPOConfig(TrainerConfig):
-    """Settings of `DPOTrainer`: TRL's names where TRL has one, over `TrainerConfig`. learning_rate is 1e-6.
+class DPOConfig(ReferenceConfig):
+    """Settings of `DPOTrainer`: TRL's names where TRL has one, over `ReferenceConfig`. learning_rate is 1e-6.
 
     Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
     """
 
     learning_rate: float = field(default=1e-6, metadata=described("Peak learning rate of AdamW."))
-    ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata=described("Folder or hub name of the reference. By default the policy as it is before training."),
-    )
 
     # ---- loss
     beta: float = field(
@@ -106,18 +100,6 @@ class DPOConfig(TrainerConfig):
             "and scores each batch. By default true, with sync_ref_model false."
         ),
     )
-    cache_dir: str | None = field(
-        default=None,
-        metadata=described(f"Folder of the reference log-probs, shared by all runs; by default {DEFAULT_CACHE_DIR}."),
-    )
-    precompute_ref_batch_tokens: int | None = field(
-        default=None,
-        metadata=described(
-            "Computed tokens of one batch when reference log-probs are computed. By default "
-            + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
-            + "."
-        ),
-    )
     sync_ref_model: bool = field(
         default=False,
         metadata=described(
@@ -147,8 +129,6 @@ class DPOConfig(TrainerConfig):
             raise ValueError(f"bco_running_shift=True has no effect on loss_type={self.loss_type!r}: {able} take it")
         self._check_batches()
         self._settle_reference()
-        if (tokens := self.precompute_ref_batch_tokens) is not None and tokens <= 0:
-            raise ValueError(f"precompute_ref_batch_tokens={tokens}: it must be positive")
 
     # ---- what the loss asks for
 

@@ -18,7 +18,6 @@ from fastalign.models.sharding import whole_weights
 from fastalign.reference import ReferenceCache, ReferenceModel
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import by_device
-from fastalign.trainers.dpo_config import DEFAULT_CACHE_DIR, DEFAULT_REF_BATCH_TOKENS, DPOConfig
 from fastalign.trainers.loading import autocast_dtype, borrowed, separate_reference
 from fastalign.trainers.reference import (
     Layout,
@@ -28,6 +27,7 @@ from fastalign.trainers.reference import (
     with_lengths,
     with_reference,
 )
+from fastalign.trainers.reference_config import DEFAULT_CACHE_DIR, DEFAULT_REF_BATCH_TOKENS, ReferenceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class NoReference:
     identity: str | None = None
     starts_at_policy = False
 
-    def __init__(self, args: DPOConfig, layout: Layout) -> None:
+    def __init__(self, args: ReferenceConfig, layout: Layout) -> None:
         self.args, self.layout = args, layout
 
     def adopt(self, policy: nn.Module, *, new_adapter: bool) -> None:
@@ -74,7 +74,7 @@ class CachedReference(NoReference):
     """Log-probs computed once and kept on disk by content; no reference is in memory while training."""
 
     def __init__(
-        self, args: DPOConfig, layout: Layout, splits: Sequence[Dataset], *, ref_model: str | nn.Module | None,
+        self, args: ReferenceConfig, layout: Layout, splits: Sequence[Dataset], *, ref_model: str | nn.Module | None,
         quantization_config: Any, with_adapter: bool,
     ) -> None:  # fmt: skip
         """ref_model: one other than the policy is scored here, before the policy is loaded: one model at a time."""

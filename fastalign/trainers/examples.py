@@ -80,6 +80,9 @@ class Examples:
         for name in self.columns:
             if len(empty := np.flatnonzero(list_lengths(dataset, name) == 0)):
                 raise ValueError(f"{name} of row {empty[0]} of the tokenised data set is empty")
+        return self._checked_lengths(dataset)
+
+    def _checked_lengths(self, dataset: Dataset) -> Dataset:
         lengths, max_length = self.lengths(dataset), self.args.max_length
         if max_length is not None and len(lengths) and lengths.max() > max_length:
             row = int(np.argmax(lengths > max_length))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from fastalign.linear.listwise import DEFAULT_BETA, check_list_options
 from fastalign.losses import LISTWISE_LOSSES
-from fastalign.trainers.config import TrainerConfig, described
-from fastalign.trainers.dpo_config import DEFAULT_CACHE_DIR, DEFAULT_REF_BATCH_TOKENS
+from fastalign.trainers.config import described
+from fastalign.trainers.reference_config import ReferenceConfig
 
 
 @dataclass
-class PROConfig(TrainerConfig):
-    """Settings of `PROTrainer`, over `TrainerConfig`. learning_rate is 5e-6, the paper's (arXiv 2306.17492).
+class PROConfig(ReferenceConfig):
+    """Settings of `PROTrainer`, over `ReferenceConfig`. learning_rate is 5e-6, the paper's (arXiv 2306.17492).
 
     Raises ValueError, naming the field, what was given and what is accepted, for every value that cannot be honoured.
     """
@@ -68,23 +68,6 @@ class PROConfig(TrainerConfig):
         ),
     )
 
-    # ---- reference log-probs
-    ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata=described("Folder or hub name of the reference. By default the policy as it is before training."),
-    )
-    cache_dir: str | None = field(
-        default=None,
-        metadata=described(f"Folder of the reference log-probs, shared by all runs; by default {DEFAULT_CACHE_DIR}."),
-    )
-    precompute_ref_batch_tokens: int | None = field(
-        default=None,
-        metadata=described(
-            "Computed tokens of one batch when reference log-probs are computed. By default "
-            + ", ".join(f"{tokens} on {device}" for device, tokens in DEFAULT_REF_BATCH_TOKENS.items())
-            + "."
-        ),
-    )
     token_metrics: bool = field(
         default=True, metadata=described("Also log entropy, and mean_token_accuracy of the best responses.")
     )
@@ -101,8 +84,6 @@ class PROConfig(TrainerConfig):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} has no effect with reference_free=True: no reference is asked"
                     )
-        if (tokens := self.precompute_ref_batch_tokens) is not None and tokens <= 0:
-            raise ValueError(f"precompute_ref_batch_tokens={tokens}: it must be positive")
         if self.merge_pairs and self.reward_temperatures:
             raise ValueError("merge_pairs=True is about pairs, and reward_temperatures=True needs scored lists")
 

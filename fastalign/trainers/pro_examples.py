@@ -78,14 +78,7 @@ class ListExamples(Examples):
                 raise ValueError(f"{name} of row {wrong[0]} of the tokenised data set is empty")
         if self.args.reward_temperatures:
             _check_order(dataset)
-        lengths, max_length = example_lengths(dataset), self.args.max_length
-        if max_length is not None and len(lengths) and lengths.max() > max_length:
-            row = int(np.argmax(lengths > max_length))
-            raise ValueError(
-                f"row {row} of the tokenised data set has {lengths[row]} tokens, max_length={max_length} is accepted; "
-                "cut it when tokenising, or raise max_length"
-            )
-        return dataset
+        return self._checked_lengths(dataset)
 
 
 def _check_order(dataset: Dataset) -> None:

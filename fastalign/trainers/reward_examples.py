@@ -100,14 +100,7 @@ class RewardExamples(Examples):
             rows = _inner_lengths(dataset, name)
             if len(empty := np.flatnonzero([not len(row) or not row.all() for row in rows])):
                 raise ValueError(f"{name} of row {empty[0]} of the tokenised data set is empty")
-        lengths, max_length = example_lengths(dataset), self.args.max_length
-        if max_length is not None and len(lengths) and lengths.max() > max_length:
-            row = int(np.argmax(lengths > max_length))
-            raise ValueError(
-                f"row {row} of the tokenised data set has {lengths[row]} tokens, max_length={max_length} is accepted; "
-                "cut it when tokenising, or raise max_length"
-            )
-        return dataset
+        return self._checked_lengths(dataset)
 
     def _settle_labels(self, dataset: Dataset, name: str) -> None:
         labels = np.asarray(dataset.with_format("numpy")["label"][:])

@@ -70,10 +70,19 @@ def zoo() -> type[Zoo]:
     return Zoo
 
 
-@pytest.fixture(scope="session")
-def kit():
-    """layout_kit.py: test files are no package, so they cannot import it."""
-    spec = importlib.util.spec_from_file_location("layout_kit", Path(__file__).parent / "layout_kit.py")
+def loaded(name: str):
+    """A module of this folder: test files are no package, so they cannot import it."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def kit():
+    return loaded("layout_kit")
+
+
+@pytest.fixture(scope="session")
+def attend():
+    return loaded("attention_kit")

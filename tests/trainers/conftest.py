@@ -1,6 +1,7 @@
 """A tiny policy, its tokenizer and random tokenised pairs: trainers run on them in a second."""
 
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import rms_norm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastalign.rollouts import Completion, SamplingOptions
 from fastalign.trainers import (
@@ -85,6 +88,14 @@ class Kit:
             "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
         }  # fmt: skip
         return kind(config(**(defaults | sizes)))
+
+    @classmethod
+    def exact_model(cls, *args, **sizes):
+        """In float64 throughout: transformers takes norms in float32, whatever the model is in."""
+        model = cls.model(*args, **sizes).double()
+        for norm in filter(lambda module: isinstance(module, LlamaRMSNorm), model.modules()):
+            norm.forward = MethodType(lambda own, x: rms_norm(x, x.shape[-1:], own.weight, own.variance_epsilon), norm)
+        return model
 
     @staticmethod
     def pairs(n: int, seed: int = 0, longest: int = 20) -> Dataset:
@@ -255,8 +266,9 @@ class RewardKit:
     def __init__(self, kit) -> None:
         self.kit, self.folder, self.tokenizer = kit, kit.folder, kit.tokenizer
 
-    def model(self, **sizes):
-        return self.kit.model(**({"kind": tf.LlamaForSequenceClassification, "num_labels": 1} | sizes))
+    def model(self, exact: bool = False, **sizes):
+        make = self.kit.exact_model if exact else self.kit.model
+        return make(**({"kind": tf.LlamaForSequenceClassification, "num_labels": 1} | sizes))
 
     def config(self, **settings) -> RewardConfig:
         defaults = {
@@ -268,14 +280,9 @@ class RewardKit:
 
     def trainer(self, model, train=None, evaluation=None, *, peft_config=None, reward_reference=None, **settings):
         return RewardTrainer(
-            model,
-            self.config(**settings),
-            train_dataset=train,
-            eval_dataset=evaluation,
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-            reward_reference=reward_reference,
-        )
+            model, self.config(**settings), train_dataset=train, eval_dataset=evaluation,
+            processing_class=self.tokenizer, peft_config=peft_config, reward_reference=reward_reference,
+        )  # fmt: skip
 
     def pairs(self, n: int, seed: int = 0, margin: bool = False) -> Dataset:
         data = self.kit.pairs(n, seed)

@@ -112,8 +112,9 @@ def test_losses_metrics_and_gradients(golden, golden_trainer, batch, case, monke
     trainer._train_meter.clear()
     num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     loss = trainer.training_step(model, batch, num_items)
-    # two take the exponential of log-ratios, which are sums in float32
-    rel = 5e-5 if case in ("fkl", "alpha_div") else 1e-5
+    # two take the exponential of log-ratios, which are sums in float32: TRL's own losses are 3e-6 (alpha_div) and 6e-6
+    # (fkl) from those of float64 models, ours 8e-6 and 2.3e-5 on the other side, in every layout
+    rel = {"alpha_div": 2e-5, "fkl": 4e-5}.get(case, 1e-5)
     assert float(loss) == pytest.approx(expected["loss"], rel=rel)
 
     values, _ = trainer._train_meter.values()

@@ -113,7 +113,8 @@ def test_what_is_said_of_a_phase(kit):
     assert log["val/ratio_var"] == pytest.approx(np.var(ratios, ddof=1), rel=1e-3)
     assert ratios[0] == pytest.approx(1, abs=1e-5)
     first = float(outputs[0].metrics["policy/approxkl_k3"].value)
-    assert log["val/first_approxkl"] == pytest.approx(first, rel=1e-5, abs=1e-12)
+    # log-probs before the update are of other batches, so in float32 it is no zero; logged is a quotient in float64
+    assert log["val/first_approxkl"] == pytest.approx(first, rel=1e-6)
     assert first < 1e-9
     assert log["policy/approxkl_k3"] > 1e-6  # of all of them
 

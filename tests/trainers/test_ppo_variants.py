@@ -72,7 +72,8 @@ def test_the_split_of_a_phase_changes_nothing(kit, name):
     expected = run(kit, **settings)
     got = run(kit, per_device_train_batch_size=1, gradient_accumulation_steps=8, micro_batch_tokens=20, **settings)
     kit.assert_same(got[0], expected[0], rtol=1e-5, atol=1e-7)
-    assert_same_logs(got[1], expected[1])
+    # completions of a prompt that do not fit into one piece compute it once in each
+    assert_same_logs(got[1], expected[1], but=("sharing_ratio",))
     assert any(0 < log["policy/clipfrac_avg"] < 1 for log in expected[1])
 
 

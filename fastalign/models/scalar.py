@@ -262,7 +262,9 @@ def _scores_at(hidden: Tensor, rows: Tensor, head: nn.Linear) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(picked.dtype, head.weight.dtype), torch.float32)
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast(picked.device.type, enabled=False):
-        return F.linear(picked.to(dtype), head.weight.to(dtype), bias).squeeze(-1).float()
+        return (
+            F.linear(picked.to(dtype), head.weight.to(dtype), bias).squeeze(-1).float().clone()
+        )  # FSDP2 warns of views
 
 
 def verify_scalar_head(model: nn.Module) -> None:

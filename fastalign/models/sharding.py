@@ -76,6 +76,13 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Take back what a forward without a backward has left whole: FSDP2 keeps the root's weights for the backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _groups(unit: FSDPModule) -> list[Any]:
     state: Any = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # one, in older versions of torch

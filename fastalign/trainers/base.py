@@ -206,8 +206,7 @@ class FusedTrainer(ShardingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._eval_meter.clear()
-        self._shard_for_evaluation()
-        with self._clock_stopped():
+        with self._evaluation(), self._clock_stopped():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values, sums = self._eval_meter.values(self._sum_over_processes)
         values |= standard_errors(sums)

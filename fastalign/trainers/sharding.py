@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from fastalign.models.sharding import is_sharded, set_gradient_sync, sharded_names
+from fastalign.models.sharding import is_sharded, reshard, set_gradient_sync, sharded_names
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import TrainerConfig
 
@@ -55,16 +55,22 @@ class ShardingTrainer(Trainer):
                 state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        reshard(self.model)  # the optimizer is made of parameters as they are
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
             check_sharded(self.model, self.args.device)
         return prepared
 
-    def _shard_for_evaluation(self) -> None:
-        """A model that was not trained yet; accelerate shards one together with its optimizer alone."""
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Inside, a model is sharded that was not trained yet: accelerate does so together with an optimizer alone."""
         if self.is_fsdp_enabled and not is_sharded(self.model):
             self.accelerator._models.append(fsdp2_prepare_model(self.accelerator, self.model))
             check_sharded(self.model, self.args.device)
+        try:
+            yield
+        finally:
+            reshard(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.is_fsdp_enabled and state_dict:  # gathered name by name: tied weights are one tensor again
@@ -122,6 +128,7 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin, args: TrainerConfig) -> N
         ("state_dict_type", state_dict != "FULL_STATE_DICT" and state_dict, "accepted is FULL_STATE_DICT"),
         ("ignored_modules", plugin.ignored_modules, "every parameter is sharded"),
         ("fp16", args.fp16, "use bf16"),
+        ("parallelism_config", args.parallelism_config, "every process holds one shard"),
         ("merge_adapter", getattr(args, "merge_adapter", False), "the adapter is saved, merge it afterwards"),
         ("auto_find_batch_size", args.auto_find_batch_size, "set per_device_train_batch_size"),
     )

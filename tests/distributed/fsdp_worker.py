@@ -1,4 +1,4 @@
-"""One of several processes: `python fsdp_worker.py FOLDER`, started by test_fsdp.py; its runs, one after the other."""
+"""One of several processes: `python fsdp_worker.py FOLDER NAME ...`, started by test_fsdp.py; its runs, one by one."""
 
 import importlib.util
 import sys
@@ -20,5 +20,6 @@ folder, names = Path(sys.argv[1]), sys.argv[2:]
 results = {}
 for name in names:
     kit = conftest.Kit(folder / name, conftest.make_tokenizer())
-    results[name] = runs.train(kit, conftest, fsdp=True, ddp_backend="gloo", **runs.RUNS[name])
+    what, settings = runs.SCENES.get(name) or (runs.train, (runs.RUNS | runs.FOUR)[name])
+    results[name] = what(kit, conftest, fsdp=True, ddp_backend="gloo", **settings)
 torch.save(results, folder / f"rank_{runs.rank()}.pt")

@@ -31,6 +31,7 @@ RUNS = {
         "trainer": "ppo", "double": True, "loss_type": "dapo", "num_generations": 2, "filter_groups": True,
     },
 }  # fmt: skip
+FOUR = {"dpo, four": {"trainer": "dpo", "max_steps": STEPS, "per_device_train_batch_size": 2}}
 TIMES = {"tokens_per_second", "epoch", "eps"}
 
 
@@ -61,6 +62,11 @@ def build(kit, conftest, trainer, model=None, peft_config=None, double=False, **
     )  # fmt: skip
 
 
+def whole_weights_of(trainer):
+    weights = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trainer.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in weights.items()}
+
+
 def train(kit, conftest, **settings):
     """What a run came to, in this process: its steps, an evaluation whose last batch is filled up, a saved model."""
     defaults = {
@@ -73,26 +79,93 @@ def train(kit, conftest, **settings):
     trainer.save_model()
     out = Path(trainer.args.output_dir)
     kinds = {type(p).__name__ for p in trainer.model.parameters()}
-    weights = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trainer.model.named_parameters()}
     return {
-        "weights": {name: p.detach().clone() for name, p in weights.items()}, "logs": kit.logs(trainer),
+        "weights": whole_weights_of(trainer), "logs": kit.logs(trainer),
         "eval": evaluated, "state": trainer.run_state(), "kinds": kinds,
         "saved": {str(path.relative_to(out)): load_file(path) for path in out.rglob("*.safetensors")},
     }  # fmt: skip
 
 
+def resume(kit, conftest, **settings):
+    """Weights of an uninterrupted run, and of one that goes on from a checkpoint of it."""
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0}
+    first, again = (build(kit, conftest, **(saving | settings)) for _ in range(2))
+    first.train()
+    again.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-2"))
+    return {"weights": [whole_weights_of(trainer) for trainer in (first, again)]}
+
+
+def evaluate(kit, conftest, **settings):
+    """Evaluations before and after training, the latter of data whose reference is the policy in training."""
+    trainer = build(kit, conftest, per_device_eval_batch_size=2, max_steps=2, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    return {"before": before, "new data": trainer.evaluate(kit.pairs(9, 2))}
+
+
+def sample(kit, conftest, **settings):
+    """PPO on completions that each process samples for itself, from whole weights."""
+    trainer = kit.ppo(kit.model(initializer_range=0.1), train=kit.prompts(19), **settings)
+    trainer.train()
+    return {"weights": whole_weights_of(trainer), "logs": kit.logs(trainer)}
+
+
+SCENES = {
+    "resume dpo": (resume, {"trainer": "dpo"}),
+    "resume ppo": (resume, {"trainer": "ppo"}),
+    "evaluate": (evaluate, {"trainer": "dpo", **LORA}),
+    "sample": (sample, {"num_generations": 2, "vf_coef": 0.2}),
+}
+
+
+def launched(launch, folder: Path, names, processes: int = 2):
+    launch(Path(__file__).with_name("fsdp_worker.py"), folder, *names, processes=processes)
+    return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(processes)]
+
+
 @pytest.fixture(scope="module")
 def two(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch(Path(__file__).with_name("fsdp_worker.py"), folder, *RUNS)
-    return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(2)]
+    return launched(launch, tmp_path_factory.mktemp("fsdp"), [*RUNS, *SCENES])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_what_one_gives(kit, conftest, two, name):
-    settings = RUNS[name]
+    assert_like_one(kit, conftest, RUNS[name], [results[name] for results in two])
+
+
+@pytest.mark.long
+def test_four_processes_give_what_one_gives(kit, conftest, launch, tmp_path):
+    four = launched(launch, tmp_path / "four", FOUR, 4)
+    for name, settings in FOUR.items():
+        assert_like_one(kit, conftest, settings, [results[name] for results in four])
+
+
+@pytest.mark.parametrize("name", ["resume dpo", "resume ppo"])
+def test_a_resumed_run_is_the_uninterrupted_one(kit, two, name):
+    for results in two:
+        first, again = results[name]["weights"]
+        kit.assert_same(first, again, rtol=0, atol=0)
+
+
+def test_evaluations_before_and_after_training(kit, conftest, two):
+    one = evaluate(kit, conftest, **(SCENES["evaluate"][1] | {"per_device_train_batch_size": 8}))
+    for results in two:
+        for when, metrics in one.items():
+            for key, value in metrics.items():
+                if not any(part in key for part in ("time", "per_second", "epoch")):
+                    assert results["evaluate"][when][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (when, key)
+
+
+def test_processes_sample_for_themselves(kit, two):
+    first, second = (results["sample"] for results in two)
+    kit.assert_same(first["weights"], second["weights"], rtol=0, atol=0)
+    assert all(log["val/first_approxkl"] < 1e-6 for log in first["logs"])
+    assert all(log["sampling/sampling_logp_difference/max"] < 1e-4 for log in first["logs"])
+
+
+def assert_like_one(kit, conftest, settings, got_by_rank):
     one = train(kit, conftest, **(settings | {"per_device_train_batch_size": 8}))
-    got, other = two[0][name], two[1][name]
+    got, other = got_by_rank[0], got_by_rank[-1]
     assert got["kinds"] == {"DTensor"}
     exact = settings.get("double", False)
     close = {"rtol": 1e-5 if exact else 1e-4, "atol": 1e-7 if exact else 1e-5}

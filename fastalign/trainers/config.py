@@ -14,6 +14,7 @@ from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.ops.backends import BACKENDS
 from fastalign.ops.schedule import SCHEDULES
+from fastalign.trainers.zero import load_whole_models
 
 # Constants per device type, never derived from free memory: the same run does the same work everywhere.
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -206,6 +207,8 @@ class TrainerConfig(TrainingArguments):
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
         self._resolve_checkpointing()
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            load_whole_models()
         self._refuse_unsupported()
         self._check_values()
         self._check_layout()
@@ -234,7 +237,6 @@ class TrainerConfig(TrainingArguments):
             "label_smoothing_factor": (0, "no logits exist to smooth over"),
             "use_liger_kernel": (False, "it replaces the forward that hands hidden states to the fused head"),
             "torch_compile": (False, "the loss enters the forward as a function of each batch"),
-            "deepspeed": (None, "run with fsdp (FSDP2), or DistributedDataParallel"),
             "batch_eval_metrics": (False, "no logits exist to compute metrics from"),
         }
         for name, (accepted, reason) in others.items():

@@ -1,5 +1,7 @@
-"""FSDP2 in several processes with gloo: what one process gives, and parameters that are sharded indeed."""
+"""FSDP2 and ZeRO-3 in processes with gloo: what one process gives, and parameters that are sharded indeed."""
 
+import importlib
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 STEPS = 20
+ZERO_CONFIG = Path(__file__).parents[2] / "examples/accelerate/zero3.json"
 LORA = {"peft_config": {"r": 4, "target_modules": ["q_proj", "up_proj"]}}
 RUNS = {
     "sft": {
@@ -32,6 +35,10 @@ RUNS = {
     },
 }  # fmt: skip
 FOUR = {"dpo, four": {"trainer": "dpo", "max_steps": STEPS, "per_device_train_batch_size": 2}}
+ZERO = {
+    f"zero, {name}": {key: value for key, value in RUNS[name].items() if key != "double"}
+    for name in ("sft", "dpo", "dpo, tied", "pro", "reward, adapter")
+} | {"zero, live, adapter": {"trainer": "dpo", "precompute_ref_log_probs": False, **LORA}}
 TIMES = {"tokens_per_second", "epoch", "eps"}
 
 
@@ -63,6 +70,9 @@ def build(kit, conftest, trainer, model=None, peft_config=None, double=False, **
 
 
 def whole_weights_of(trainer):
+    if trainer.is_deepspeed_enabled:
+        with importlib.import_module("deepspeed").zero.GatheredParameters(list(trainer.model.parameters())):
+            return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     weights = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trainer.model.named_parameters()}
     return {name: p.detach().clone() for name, p in weights.items()}
 
@@ -78,7 +88,7 @@ def train(kit, conftest, **settings):
     evaluated = trainer.evaluate()
     trainer.save_model()
     out = Path(trainer.args.output_dir)
-    kinds = {type(p).__name__ for p in trainer.model.parameters()}
+    kinds = {"partitioned" if hasattr(p, "ds_id") else type(p).__name__ for p in trainer.model.parameters()}
     return {
         "weights": whole_weights_of(trainer), "logs": kit.logs(trainer),
         "eval": evaluated, "state": trainer.run_state(), "kinds": kinds,
@@ -118,8 +128,9 @@ SCENES = {
 }
 
 
-def launched(launch, folder: Path, names, processes: int = 2):
-    launch(Path(__file__).with_name("fsdp_worker.py"), folder, *names, processes=processes)
+def launched(launch, folder: Path, names, processes: int = 2, given=None):
+    given = json.dumps({"fsdp": True, "ddp_backend": "gloo"} if given is None else given)
+    launch(Path(__file__).with_name("sharded_worker.py"), folder, given, *names, processes=processes)
     return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(processes)]
 
 
@@ -138,6 +149,25 @@ def test_four_processes_give_what_one_gives(kit, conftest, launch, tmp_path):
     four = launched(launch, tmp_path / "four", FOUR, 4)
     for name, settings in FOUR.items():
         assert_like_one(kit, conftest, settings, [results[name] for results in four])
+
+
+@pytest.fixture(scope="module")
+def zero(launch, tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    config = json.loads(ZERO_CONFIG.read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else such small ones stay whole
+    given = {"deepspeed": config | {"zero_allow_untested_optimizer": True}, "use_cpu": False}
+    return launched(launch, tmp_path_factory.mktemp("zero"), [*ZERO, "resume dpo"], given=given)
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_gives_what_one_process_gives(kit, conftest, zero, name):
+    assert_like_one(kit, conftest, ZERO[name], [results[name] for results in zero], kind="partitioned")
+
+
+def test_a_run_resumed_with_zero_is_the_uninterrupted_one(kit, zero):
+    for results in zero:
+        kit.assert_same(*results["resume dpo"]["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["resume dpo", "resume ppo"])
@@ -163,10 +193,10 @@ def test_processes_sample_for_themselves(kit, two):
     assert all(log["sampling/sampling_logp_difference/max"] < 1e-4 for log in first["logs"])
 
 
-def assert_like_one(kit, conftest, settings, got_by_rank):
+def assert_like_one(kit, conftest, settings, got_by_rank, kind="DTensor"):
     one = train(kit, conftest, **(settings | {"per_device_train_batch_size": 8}))
     got, other = got_by_rank[0], got_by_rank[-1]
-    assert got["kinds"] == {"DTensor"}
+    assert got["kinds"] == {kind}
     exact = settings.get("double", False)
     close = {"rtol": 1e-5 if exact else 1e-4, "atol": 1e-7 if exact else 1e-5}
     kit.assert_same(got["weights"], one["weights"], **close)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,15 +81,23 @@ def launch_processes(script: Path, *arguments: object, processes: int = 2, timeo
         "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, str(script), *map(str, arguments)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [
-        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(processes)
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        for rank, worker in enumerate(workers):
-            _, errors = worker.communicate(timeout=max(deadline - time.monotonic(), 1))
-            assert worker.returncode == 0, f"process {rank}: {errors[-4000:]}"
-    finally:
-        for worker in workers:
-            worker.kill()
+    with contextlib.ExitStack() as stack:
+        # files, not pipes: a full pipe would stop a process while another one is waited for
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        workers = [
+            subprocess.Popen(
+                command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL, stderr=errors[r]
+            )
+            for r in range(processes)
+        ]
+        stack.callback(lambda: [worker.kill() for worker in workers])
+        deadline = time.monotonic() + timeout
+        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+            if any(worker.poll() for worker in workers):
+                break
+            time.sleep(0.1)
+        codes = [worker.poll() for worker in workers]
+        if any(code != 0 for code in codes):
+            first = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
+            errors[first].seek(0)
+            raise AssertionError(f"process {first} failed or hung ({codes}): {errors[first].read()[-4000:]}")

@@ -84,7 +84,7 @@ class ActorCritic(nn.Module):
             own = hidden[..., : head_module.in_features]  # an adapter on the head widens the hidden states
             with torch.autocast(own.device.type, enabled=False):
                 picked = own.flatten(0, 1).index_select(0, index).to(head_module.weight.dtype)
-                values.append(head_module(picked)[:, 0].float())
+                values.append(head_module(picked)[:, 0].float().clone())  # FSDP2 warns of views
             return None if head_fn is None else head_fn(hidden, head)
 
         return self.policy(input_ids=input_ids, head_fn=both, **tokens), values[0]

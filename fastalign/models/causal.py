@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
+from fastalign.models.head import Head, attach_head, base_causal_lm, find_head, head_modules
 from fastalign.models.inference import evaluating
 from fastalign.models.quantised import allow_packing, check_unpacked, prevent_packing, unpacked
 from fastalign.models.sharding import call_within
@@ -165,7 +165,7 @@ def run_head(base: PreTrainedModel, head_fn: HeadFn, args: tuple[Any, ...], kwar
     kwargs["use_cache"] = False
     outputs = base.base_model(*args, **kwargs)
     result = call_within(
-        base.get_output_embeddings(), lambda hidden: head_fn(*attach_head(base, hidden)), outputs.last_hidden_state
+        head_modules(base), lambda hidden: head_fn(*attach_head(base, hidden)), outputs.last_hidden_state
     )
     if not with_router:
         return result

@@ -8,7 +8,8 @@ sees it. Work that differs from process to process (sampling, scoring) would wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,11 +30,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def call_within(module: nn.Module, fn: Callable[[Tensor], Result], hidden: Tensor) -> Result:
-    """fn(hidden), inside the call of `module` if FSDP2 shards it by itself: its weights are whole there, and its
-    gradients are reduced like all others."""
-    if not isinstance(module, FSDPModule):
-        return fn(hidden)
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages the parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def call_within(modules: Iterable[nn.Module], fn: Callable[[Tensor], Result], hidden: Tensor) -> Result:
+    """fn(hidden), inside the calls of those of `modules` that FSDP2 or ZeRO-3 shards by themselves: their weights are
+    whole there, and their gradients are reduced like all others. modules: from outside to inside."""
+    for module in reversed(list(dict.fromkeys(modules))):
+        if isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False)):
+            fn = functools.partial(_call_as, module, fn)
+    return fn(hidden)
+
+
+def _call_as(module: nn.Module, fn: Callable[[Tensor], Result], hidden: Tensor) -> Result:
+    """The module called with another forward."""
     own = module.__dict__.get("forward")
     module.forward = fn
     try:
@@ -53,6 +65,11 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     model: what was sharded as a whole, in all processes at once; any module in it may be called inside, any number of
     times, without gradients. A model that is not sharded is left alone. The whole model is in memory meanwhile.
     """
+    if is_partitioned(model):
+        raise ValueError(
+            f"{type(model).__name__} is partitioned by DeepSpeed ZeRO-3, where it cannot score or sample in processes "
+            "that have different amounts of work: run with fsdp (FSDP2)"
+        )
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:
         yield
@@ -74,6 +91,13 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         for unit in units:
             unit.reshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Take back what a forward without a backward has left whole: FSDP2 keeps the root's weights for the backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _groups(unit: FSDPModule) -> list[Any]:

@@ -9,12 +9,16 @@ The public function checks and plans; the work is done by the custom ops of fast
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ops import rows as R
 from fastalign.ops.arguments import check_head, needed_gradients, row_spec, workspace_bytes
 from fastalign.ops.logps_op import plan_for
+from fastalign.ops.parallel import over_slices
 from fastalign.ops.schedule import choose, default_budget
 from fastalign.types import IGNORE_INDEX, LinearLogps
 
@@ -24,6 +28,7 @@ def linear_logps(
     logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX, entropy: bool = False,
     top1: bool = False, log_sum_sq_probs: bool = False, mean_logits: bool = False, rows: Tensor | None = None,
     backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> LinearLogps:  # fmt: skip
     """Log-probs of the targets under a linear head, and what else one pass over the vocabulary can give.
 
@@ -45,6 +50,10 @@ def linear_logps(
             calls before one backward "deferred" is leaner.
         workspace_mb: MiB of working memory beside inputs and gradients; default {"cpu": 128, "cuda": 1024}, of which
             rows kept from forward to backward take no more than a quarter of what the logits would.
+        group: processes that hold the vocabulary together, in the order of their ranks: weight (V_s, H) and bias (V_s,)
+            are this one's slice, of any size; hidden, targets and rows are the same in all, and so are the results and
+            the gradient of hidden, which is summed over them (the loss is computed in each, and counts once). All must
+            call. top1 takes a second pass over the slice.
     Returns:
         LinearLogps(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits) of targets' shape, float32 (is_top1
         bool), 0 where ignored. Gradients flow from logps, lse and entropy to hidden, weight and bias.
@@ -56,6 +65,13 @@ def linear_logps(
     """
     hidden, weight, bias = check_head(hidden, weight, targets, bias, rows)
     spec = row_spec(temperature, logit_scale, softcap, entropy, top1, log_sum_sq_probs, mean_logits)
+    if group is not None:
+        score = partial(
+            linear_logps, weight=weight, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+            ignore_index=ignore_index, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs, mean_logits=mean_logits,
+            rows=rows, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
+        )  # fmt: skip
+        return over_slices(group, score, hidden, weight, bias, targets, spec=spec, rows=rows, ignore_index=ignore_index)
     shape = targets.shape
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     needs = needed_gradients(flat_hidden, weight, bias)

@@ -217,8 +217,7 @@ class FusedTrainer(CheckpointingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._eval_meter.clear()
-        self._shard_for_evaluation()
-        with self._clock_stopped():
+        with self._evaluation(), self._clock_stopped():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values, sums = self._eval_meter.values(self._sum_over_processes)
         values |= standard_errors(sums)
@@ -285,10 +284,18 @@ class FusedTrainer(CheckpointingTrainer):
     def write_run_files(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / STATE_FILE
+    def _restore(self, checkpoint: str) -> None:
+        file = Path(checkpoint) / STATE_FILE
         if file.is_file():
             self.restore_run_state(json.loads(file.read_text(encoding="utf-8")))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which loads by itself
+            self._restore(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._restore(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_renamed(self.model if model is None else model, resume_from_checkpoint)
 

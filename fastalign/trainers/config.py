@@ -17,6 +17,7 @@ from fastalign.ops.schedule import SCHEDULES
 from fastalign.trainers.guards import ACTIONS as BAD_STEP_ACTIONS
 from fastalign.trainers.guards import StepGuard
 from fastalign.trainers.token_settings import TOKEN_LAYOUTS, check_token_settings, padding_multiple, pass_tokens
+from fastalign.trainers.zero import load_whole_models
 
 # Constants per device type, never derived from free memory: the same run does the same work everywhere.
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -234,6 +235,8 @@ class TrainerConfig(TrainingArguments):
         self.micro_batch_tokens = pass_tokens(self.micro_batch_tokens)
         self._resolve_checkpointing()
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            load_whole_models()
         self._refuse_unsupported()
         self._check_values()
         check_token_settings(self)
@@ -263,7 +266,6 @@ class TrainerConfig(TrainingArguments):
             "label_smoothing_factor": (0, "no logits exist to smooth over"),
             "use_liger_kernel": (False, "it replaces the forward that hands hidden states to the fused head"),
             "torch_compile": (False, "the loss enters the forward as a function of each batch"),
-            "deepspeed": (None, "run with fsdp (FSDP2), or DistributedDataParallel"),
             "batch_eval_metrics": (False, "no logits exist to compute metrics from"),
         }
         for name, (accepted, reason) in others.items():

@@ -208,8 +208,7 @@ class PPOTrainer(PassesTrainer):
         return self.prompts.wrap(self.prompts.examples.prepare(dataset, name))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self._shard_for_evaluation()
-        with self._clock_stopped(), whole_weights(self.actor_critic):
+        with self._evaluation(), self._clock_stopped(), whole_weights(self.actor_critic):
             return self._sample_and_score(args[0] if args else kwargs["dataloader"], metric_key_prefix)
 
     def _sample_and_score(self, dataloader: Any, prefix: str) -> EvalLoopOutput:

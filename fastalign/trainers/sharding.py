@@ -16,9 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from fastalign.models.sharding import is_sharded, set_gradient_sync, sharded_names
+from fastalign.models.sharding import is_partitioned, is_sharded, reshard, set_gradient_sync, sharded_names
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import TrainerConfig
+from fastalign.trainers.zero import check_deepspeed, check_partitioned, load_whole_models
 
 
 class ShardingTrainer(Trainer):
@@ -30,14 +31,21 @@ class ShardingTrainer(Trainer):
 
     args: TrainerConfig
     is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     _counts = True  # whether the piece of a batch at hand does, see `_alike`
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's; on the CPU accelerate and Trainer would run DistributedDataParallel without a word."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        if self.is_deepspeed_enabled or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise ValueError("deepspeed is not supported yet: run with fsdp (FSDP2), or DistributedDataParallel")
+        if self.is_deepspeed_enabled:
+            check_deepspeed(state.deepspeed_plugin, self.args)
+            load_whole_models()
+        elif self.args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise ValueError(
+                f"deepspeed is asked for, and accelerate made a {state.distributed_type.value} run of it: with "
+                "use_cpu=True it leaves DeepSpeed out"
+            )
         asked = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if asked and not self.is_fsdp_enabled:
             if state.distributed_type != DistributedType.MULTI_CPU:
@@ -55,16 +63,27 @@ class ShardingTrainer(Trainer):
                 state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        reshard(self.model)  # the optimizer is made of parameters as they are
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
             check_sharded(self.model, self.args.device)
+        if self.is_deepspeed_enabled:
+            check_partitioned(self.model)
+            load_whole_models()
         return prepared
 
-    def _shard_for_evaluation(self) -> None:
-        """A model that was not trained yet; accelerate shards one together with its optimizer alone."""
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Inside, a model is sharded that was not trained yet: accelerate does so together with an optimizer alone."""
+        if self.is_deepspeed_enabled and not is_partitioned(self.model):
+            raise ValueError("an evaluation before train() is not supported with DeepSpeed ZeRO-3: run with fsdp")
         if self.is_fsdp_enabled and not is_sharded(self.model):
             self.accelerator._models.append(fsdp2_prepare_model(self.accelerator, self.model))
             check_sharded(self.model, self.args.device)
+        try:
+            yield
+        finally:
+            reshard(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.is_fsdp_enabled and state_dict:  # gathered name by name: tied weights are one tensor again
@@ -80,11 +99,11 @@ class ShardingTrainer(Trainer):
     def _alike(self, pieces: list[Batch]) -> list[tuple[Batch, bool]]:
         """The pieces of a batch, and whether each counts.
 
-        With FSDP2 every process has as many, since each forward is an exchange: one with fewer goes over its last piece
-        again, which does not count. What that takes is an exchange of one number, and a host synchronisation.
+        With FSDP2 and ZeRO-3 every process has as many, since each forward is an exchange: one with fewer goes over its
+        last piece again, which does not count. That takes an exchange of one number, and a host synchronisation.
         """
         number = len(pieces)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             most = torch.tensor(number, device=self.args.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
             number = int(most)
@@ -95,15 +114,20 @@ class ShardingTrainer(Trainer):
         """Around a piece's forward, and backward through `model`, after which gradients are reduced over processes, as
         they are once a step, or added up."""
         self._counts = counts
+        state = self.accelerator.gradient_state
+        ends_step = state.sync_gradients
         with contextlib.ExitStack() as stack:
             if model is not None and self.is_fsdp_enabled:
                 set_gradient_sync(model, reduces)
+            elif model is not None and self.is_deepspeed_enabled:
+                state._set_sync_gradients(reduces)  # its backward makes the optimizer's step too
             elif model is not None and not reduces:
                 stack.enter_context(self.accelerator.no_sync(model))
             try:
                 yield
             finally:
                 self._counts = True
+                state._set_sync_gradients(ends_step)
 
     def _ends_step(self) -> bool:
         """Whether this batch is the last of an optimizer step, or accelerate's sync_each_batch treats each so."""
@@ -122,6 +146,7 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin, args: TrainerConfig) -> N
         ("state_dict_type", state_dict != "FULL_STATE_DICT" and state_dict, "accepted is FULL_STATE_DICT"),
         ("ignored_modules", plugin.ignored_modules, "every parameter is sharded"),
         ("fp16", args.fp16, "use bf16"),
+        ("parallelism_config", args.parallelism_config, "every process holds one shard"),
         ("merge_adapter", getattr(args, "merge_adapter", False), "the adapter is saved, merge it afterwards"),
         ("auto_find_batch_size", args.auto_find_batch_size, "set per_device_train_batch_size"),
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import rows as R
+from fastalign.ops.known_grads import two_passes
 from fastalign.ops.scans import gae_torch
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Backend:
     row_stats: Callable[..., None]
     row_grad: Callable[..., None]
     row_exp: Callable[..., None]
+    row_loss_grad: Callable[..., None]
     gae: Callable[..., tuple[Tensor, Tensor]]
     fused_forward: Callable[..., R.RowState] | None = None
 
@@ -102,7 +104,8 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
 @functools.cache
 def _load(name: str) -> Backend:
     if name == "torch":
-        return Backend("torch", R.row_stats, R.row_grad, R.row_exp, gae_torch)
+        both = two_passes(R.row_stats, R.row_grad)
+        return Backend("torch", R.row_stats, R.row_grad, R.row_exp, both, gae_torch)
     if name == "cpu":
         from fastalign.ops import cpu_backend
 

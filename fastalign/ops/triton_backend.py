@@ -11,6 +11,7 @@ from fastalign.kernels import row_kernels
 from fastalign.kernels.gae import gae_scan
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend, architecture
+from fastalign.ops.known_grads import two_passes
 
 
 def _scales(spec: R.RowSpec) -> dict[str, Any]:
@@ -54,4 +55,4 @@ def fused_forward(
     return R.RowState(values, argmax)
 
 
-BACKEND = Backend("triton", row_stats, row_grad, row_exp, gae_scan, fused_forward)
+BACKEND = Backend("triton", row_stats, row_grad, row_exp, two_passes(row_stats, row_grad), gae_scan, fused_forward)

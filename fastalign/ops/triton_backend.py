@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fastalign.kernels import fused_forward as fused_kernels
 from fastalign.kernels import row_kernels
+from fastalign.kernels import row_loss_grad as loss_kernels
 from fastalign.kernels.gae import gae_scan
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend, architecture
-from fastalign.ops.known_grads import two_passes
+from fastalign.ops.known_grads import KnownGrads
 
 
 def _scales(spec: R.RowSpec) -> dict[str, Any]:
@@ -44,6 +45,16 @@ def row_exp(tile: Tensor, bias: Tensor | None, stats: R.RowStats, spec: R.RowSpe
     row_kernels.row_exp_fwd(tile, bias, stats.max, out, **_scales(spec))
 
 
+def row_loss_grad(
+    tile: Tensor, bias: Tensor | None, targets: Tensor, state: R.RowState, known: KnownGrads, spec: R.RowSpec,
+    out: Tensor,
+) -> None:  # fmt: skip
+    loss_kernels.row_loss_grad(
+        tile, bias, targets, state.values, state.argmax, known.logps, known.entropy, out, **_outputs(spec),
+        **_scales(spec),
+    )  # fmt: skip
+
+
 def fused_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec: R.RowSpec
 ) -> R.RowState:
@@ -55,4 +66,4 @@ def fused_forward(
     return R.RowState(values, argmax)
 
 
-BACKEND = Backend("triton", row_stats, row_grad, row_exp, two_passes(row_stats, row_grad), gae_scan, fused_forward)
+BACKEND = Backend("triton", row_stats, row_grad, row_exp, row_loss_grad, gae_scan, fused_forward)

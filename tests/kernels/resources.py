@@ -161,17 +161,14 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 
 
 def _barrier_between_loads_and_stores(assembly: str, amd: bool) -> bool:
-    """Whether each run of 16-byte loads is followed by a barrier, and only then by stores.
-
-    Stores at the very start belong to the loop that writes zeros without loading anything.
-    """
+    """Whether, in the order of the code, a barrier stands between each run of 16-byte loads and the next stores."""
     pattern = (
         r"global_(l)oad_dwordx4|s_(b)arrier|global_(s)tore_dwordx4"
         if amd
         else r"(l)d\.global\.v4|(b)ar\.sync|(s)t\.global\.v4"
     )
     order = "".join("".join(groups) for groups in re.findall(pattern, assembly))
-    return re.fullmatch(r"s*(l+bs+)+", order) is not None
+    return {"l", "s"} <= set(order) and "ls" not in order
 
 
 def table(pattern: str, processes: int) -> list[tuple[Resources, list[str]]]:

@@ -198,7 +198,7 @@ def gemm_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True) -> GemmTi
     return GemmTiles(128, 128, 64, num_warps=8, num_stages=3, parts=2)
 
 
-def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, int]]:
+def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
     """Tile sizes as the kernel's compile-time constants, and the compiler's options."""
     sizes = {
         "BLOCK_M": tiles.block_m,
@@ -208,7 +208,7 @@ def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, i
         "PARTS": tiles.parts,
         "FLATTEN": tiles.flatten,
     }
-    return sizes, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return sizes, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": False}
 
 
 def rows_matmul(

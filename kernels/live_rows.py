@@ -12,8 +12,8 @@ blocks before it. Every position is a sum of integers, so the result does not de
 rows cost 2 · 12 B reads and 8 B writes each, some microseconds up to a million rows.
 
 Matrices of gathered rows are padded: the rows from `count` to the next multiple of PAD (at least PAD rows) are zero, so
-that a GEMM whose depth is the number of rows takes them in blocks of PAD without a mask. What lies behind is never
-read.
+that a GEMM whose depth is the number of rows takes them in blocks of PAD without a mask. What lies behind never
+matters.
 """
 
 import torch
@@ -134,8 +134,10 @@ def live_rows(
         None if entropy_coef is None else entropy_coef.contiguous(),
     )
     with torch.cuda.device_of(base):
-        _count_live_kernel[(num_blocks,)](*coefficients, counts, n, BLOCK=_BLOCK, num_warps=4)
-        _partition_kernel[(num_blocks,)](*coefficients, counts, index, count, n, num_blocks, BLOCK=_BLOCK, num_warps=4)
+        _count_live_kernel[(num_blocks,)](*coefficients, counts, n, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False)
+        _partition_kernel[(num_blocks,)](
+            *coefficients, counts, index, count, n, num_blocks, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
+        )
     return index, count
 
 
@@ -153,7 +155,7 @@ def gather_rows(
     with torch.cuda.device_of(source):
         _gather_rows_kernel[(out.shape[0],)](
             source, index, count, out, width, source.stride(0), source.stride(1), out.stride(0),
-            PAD=PAD, BLOCK=block, num_warps=max(1, block // 1024),
+            PAD=PAD, BLOCK=block, num_warps=max(1, block // 1024), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -171,5 +173,5 @@ def column_sums(
     with torch.cuda.device_of(out):
         _column_sums_kernel[(triton.cdiv(n, _SUM_BLOCK),)](
             a, out, count, scale, n, a.stride(0), out.stride(0),
-            BLOCK_ROWS=_SUM_BLOCK, BLOCK_COLS=_SUM_BLOCK, num_warps=8,
+            BLOCK_ROWS=_SUM_BLOCK, BLOCK_COLS=_SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

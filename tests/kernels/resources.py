@@ -34,13 +34,13 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
 import triton
-from aot import fused, rows, scans
+from aot import fused, live, rows, scans
 from aot.case import Case
 from fastalign.kernels import _tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SUBJECTS = (fused, rows, scans)
+SUBJECTS = (fused, live, rows, scans)
 KERNELS = {name: (kernel, subject) for subject in SUBJECTS for name, kernel in subject.KERNELS.items()}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,7 +106,7 @@ def compile_case(case: Case, arch: str) -> Any:
             signature[name] = kernel.params[position].annotation_type
         elif name not in constants:
             signature[name] = "i32"
-            if case.aligned:
+            if case.aligned and not kernel.params[position].do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

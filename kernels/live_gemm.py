@@ -1,31 +1,31 @@
 """GEMMs over the live rows of a tile, whose number is read from device memory: no host synchronisation.
 
-With m = count rows gathered to the front of G (n, v) and of h (n, H) by `live_rows`, W (v, H) and 16-bit operands:
+With m = count live rows of n, numbered by `live_rows.live_rows`' index, and 16-bit operands:
 
-    rows_matmul    out[index[i]] = start[i] + scale · Σ_k a[i, k]·b[k, :]   for i < m: grad_hidden = G·W, logits = h·Wᵀ
-    depth_matmul   out           = start    + scale · Σ_{i<m} a[i, :]ᵀ b[i, :]:        grad_weight = Gᵀ·h
+    rows_matmul    out[o[i]] = start[o[i]] + scale · Σ_k a[index[i], k]·b[k, :]   for i < m: G·W, or logits h·Wᵀ
+    depth_matmul   out       = start + scale · Σ_{i<m} a[index[i], :]ᵀ b[i, :]               grad_weight = Gᵀ·h
 
 Sums are float32 in a fixed order, one rounding at the end, no atomics, no split over the depth: the same inputs give
 the same bits, and a row of rows_matmul does not see the others. A library's GEMM needs its sizes on the host; it adds
 in another order, which is all that a result of this file differs in.
 
-Why G is gathered to other memory by the row kernel instead of by these loads. In either case a logit is read once and
-a live row's gradient written once (4 + 2 bytes), so gathering costs no traffic, only room: 2 bytes · n · slab, 134 MB
-for 8192 rows of 8192 columns. What it buys are dense operands, loaded by tensor memory accelerator (TMA): one
-instruction a tile. Rows picked by index are no TMA box (before sm_100): a tile of 64 × (128 + 256) operands is then
-12 asynchronous 16-byte copies a thread with their 64-bit addresses, 24 registers beside the 128 of the accumulator,
-for which Triton's own measurements lose 13 % of a 16-bit GEMM. Nor could G be gathered in place: row i would be
-written while the program that owns row j < i with index[j] = i may not have read it.
+Work: 2·2·m·V·H FLOP. An output tile of 128 × 256 does 85 FLOP per byte it takes from L2 and, with the tiles in flight
+forming a patch of about 2048 × 2048, 1000 FLOP per byte from memory, where an H200 has balance at 184. Against a
+library at relative speed e (0.85 to 0.95 expected of such a kernel) they win once m/n < e: `fastalign.ops.live`.
 
-Work for m live of n rows, per slab of v columns: 2·2·m·v·H FLOP. One output tile of 128 × 256 does 128·256·2 FLOP for
-(128 + 256)·2 bytes of operands, 85 FLOP/B from L2 and, with the tiles in flight forming a patch of about 2048 × 2048,
-1000 FLOP/B from memory, where an H200 has balance at 184. Against cuBLAS at relative speed e (0.85 to 0.95 for such a
-kernel) they win once m/n < e, which is why `fastalign.ops.live` decides when to call them.
+Why G stays where the row kernel wrote it and is gathered by the loads. The alternative is a row kernel that writes live
+rows to the front, which makes G a dense matrix that the tensor memory accelerator (TMA) can load, one instruction a
+tile. In place that is a race: row i would be written while the program that owns row j < i with index[j] = i may not
+have read it. In other memory it costs 2 bytes · n · V of that, or slabs of it, and then hidden's gradient is read and
+written once a slab: with slabs of 8192 columns 8·m·H bytes each, 4.5 % of the two products; exponentials, which need no
+row kernel, would want a pass of 4 bytes a logit for it, another 4.5 %. Gathering costs four asynchronous 16-byte copies
+a thread for a block of G (128 × 64 elements) instead of one TMA instruction, while the other operand, two thirds of the
+bytes, still comes by TMA; of a kernel without any TMA Triton's own measurements say 13 %. So the loads gather, and a
+caller changes its products and nothing else.
 
 Programs are persistent, one for each multiprocessor, and take output tiles in turn; with few live rows most find none.
-Operands come from memory through TMA descriptors made on the host where their rows are aligned to 16 bytes and the
-architecture has TMA, else through pointers. A transposed operand is a transposed view of loaded memory; no product
-ever is an operand.
+TMA descriptors are made on the host, where rows are aligned to 16 bytes and the architecture has TMA. A transposed
+operand is a transposed view of loaded memory; no product ever is an operand.
 """
 
 from dataclasses import dataclass
@@ -36,18 +36,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .live_rows import PAD, padded
+from .live_rows import PAD
 
 TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")  # and 227 KiB of shared memory for its pipeline
 
 
 @triton.jit
 def _operand(
-    source, row, col, num_rows, num_cols, stride_row, stride_col,
+    source, index_ptr, row, col, num_rows, num_cols, stride_row, stride_col,
     TMA: tl.constexpr, TRANS: tl.constexpr, WIDEN: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Elements [row : row + ROWS, col : col + COLS] of a matrix, transposed if TRANS.
+    """Elements [row : row + ROWS, col : col + COLS] of a matrix, or of its rows index[row : row + ROWS]; transposed if
+    TRANS.
 
     Zeros where it ends and a mask is asked for; without MASK_ROWS its last row once more. Columns are never clamped:
     they would cease to look contiguous.
@@ -59,7 +60,10 @@ def _operand(
     else:
         rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
         row_here, col_here = rows < num_rows, cols < num_cols
-        row_at = tl.minimum(rows, num_rows - 1).to(tl.int64) * stride_row
+        places = tl.maximum(tl.minimum(rows, num_rows - 1), 0).to(tl.int64)
+        if index_ptr is not None:
+            places = tl.load(index_ptr + places)
+        row_at = places * stride_row
         col_at = cols.to(tl.int64) * stride_col
         if TRANS:
             ptrs = source + col_at[:, None] + row_at[None, :]
@@ -94,21 +98,21 @@ def _store_tile(
         rows, cols = row + tl.arange(0, acc.shape[0]), (col + tl.arange(0, acc.shape[1])).to(tl.int64)
         here = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
         places = rows.to(tl.int64)
+        if index_ptr is not None:
+            places = tl.load(index_ptr + places, mask=rows < num_rows, other=0)
         acc *= scale
         if start_ptr is not None:
             ptrs = start_ptr + places[:, None] * stride_start_row + cols[None, :] * stride_start_col
             acc += tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
-        if index_ptr is not None:
-            places = tl.load(index_ptr + places, mask=rows < num_rows, other=0)
         ptrs = out_ptr + places[:, None] * stride_out_row + cols[None, :] * stride_out_col
         tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _live_matmul_kernel(
-    a, b, start_ptr, out_ptr, index_ptr, count_ptr, scale_ptr,
+    a, b, a_index_ptr, start_ptr, out_ptr, out_index_ptr, count_ptr, scale_ptr,
     m, n, k, stride_ar, stride_ac, stride_br, stride_bc, stride_sr, stride_sc, stride_or, stride_oc,
-    COUNT_IS_DEPTH: tl.constexpr, TRANS_B: tl.constexpr, TMA: tl.constexpr,
+    COUNT_IS_DEPTH: tl.constexpr, TRANS_B: tl.constexpr, TMA_A: tl.constexpr, TMA_B: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -118,11 +122,11 @@ def _live_matmul_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
     if COUNT_IS_DEPTH:
-        k = padded(count, BLOCK_K)  # zeros behind the last live row, and one block of them without any
+        k = count
     else:
         m = count
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    tiles_k = tl.cdiv(k, BLOCK_K)
+    tiles_k = tl.maximum(tl.cdiv(k, BLOCK_K), 1)  # without a live row: one block of zeros, so that no loop is empty
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # Tiles in flight form a patch of GROUP_M row blocks and as many column blocks as fit beside them.
         group = tile // (GROUP_M * tiles_n)
@@ -135,24 +139,29 @@ def _live_matmul_kernel(
             at = step * BLOCK_K
             if COUNT_IS_DEPTH:
                 x = _operand(
-                    a, at, row, k, m, stride_ar, stride_ac, TMA, True, WIDEN, False, not EVEN_M, BLOCK_K, BLOCK_M
+                    a, a_index_ptr, at, row, k, m, stride_ar, stride_ac, TMA_A, True, WIDEN, True, not EVEN_M,
+                    BLOCK_K, BLOCK_M,
                 )  # fmt: skip
             else:
                 x = _operand(
-                    a, row, at, m, k, stride_ar, stride_ac, TMA, False, WIDEN, False, not EVEN_K, BLOCK_M, BLOCK_K
+                    a, a_index_ptr, row, at, m, k, stride_ar, stride_ac, TMA_A, False, WIDEN, False, not EVEN_K,
+                    BLOCK_M, BLOCK_K,
                 )  # fmt: skip
             if TRANS_B:
                 y = _operand(
-                    b, col, at, n, k, stride_br, stride_bc, TMA, True, WIDEN, False, not EVEN_K, BLOCK_N, BLOCK_K
+                    b, None, col, at, n, k, stride_br, stride_bc, TMA_B, True, WIDEN, False, not EVEN_K,
+                    BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             else:
                 y = _operand(
-                    b, at, col, k, n, stride_br, stride_bc, TMA, False, WIDEN, not EVEN_K, not EVEN_N, BLOCK_K, BLOCK_N
+                    b, None, at, col, k, n, stride_br, stride_bc, TMA_B, False, WIDEN, not EVEN_K or COUNT_IS_DEPTH,
+                    not EVEN_N, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
             acc = tl.dot(x, y, acc, input_precision="ieee")
         _store_tile(
-            acc, row, col, m, n, start_ptr, out_ptr, index_ptr, scale, stride_sr, stride_sc, stride_or, stride_oc, PARTS
-        )
+            acc, row, col, m, n, start_ptr, out_ptr, out_index_ptr, scale, stride_sr, stride_sc, stride_or, stride_oc,
+            PARTS,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +190,26 @@ class GemmTiles:
             raise ValueError(f"GemmTiles.block_k must divide {PAD}, got {self.block_k}")
 
 
-def gemm_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True) -> GemmTiles:
-    """Tiles for an architecture ("sm_90", "gfx942") and the operands' dtype and alignment.
+def gemm_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True, gathered: str = "") -> GemmTiles:
+    """Tiles for an architecture ("sm_90", "gfx942"), the operands' dtype and alignment, and what is gathered by index:
+    nothing, "rows" of the result, or the "depth".
 
-    They look at no size, so the bits of a row do not depend on how many rows there are.
+    They look at no size, so the bits of a row do not depend on how many rows there are. Where the depth is gathered,
+    the next block's numbers are on their way too: the pipeline is half as deep as num_stages says.
     """
     amd = arch.startswith("gfx")
     if dtype == torch.float32:  # IEEE products on the ordinary units, no TF32
-        return GemmTiles(64, 128, 16, num_warps=8, num_stages=2 if amd else 3)
+        return GemmTiles(64, 128, 16, num_warps=8, num_stages=2 if amd else 5 if gathered == "depth" else 3)
     if not aligned:
         return GemmTiles(64, 128, 32, num_warps=8, num_stages=2)
     if arch in TMA_ARCHITECTURES:
-        return GemmTiles(128, 256, 64, num_warps=8, num_stages=4, parts=4, flatten=True)
+        if gathered == "rows":  # their numbers are loaded once a tile, which only a loop of their own keeps apart
+            return GemmTiles(128, 256, 64, num_warps=8, num_stages=4 if arch == "sm_90" else 6, parts=4)
+        stages = 7 if gathered else 4
+        return GemmTiles(128, 256, 64, num_warps=8, num_stages=stages, parts=4, flatten=True)
     if amd:
         return GemmTiles(128, 128, 64, num_warps=8, num_stages=2)
-    return GemmTiles(128, 128, 64, num_warps=8, num_stages=3, parts=2)
+    return GemmTiles(128, 128, 64, num_warps=8, num_stages=5 if gathered == "depth" else 3, parts=2)
 
 
 def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
@@ -212,65 +226,69 @@ def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, i
 
 
 def rows_matmul(
-    a: Tensor,  # (≥ m, k) float32, bfloat16 or float16: rows gathered to the front
+    a: Tensor,  # (N, k) float32, bfloat16 or float16; without index at least m rows
     b: Tensor,  # (k, n) of a's dtype, any strides; (n, k) transposed is taken as it lies
     count: Tensor,  # (1,) int32 on the device: m
-    out: Tensor,  # (N, n) float32, bfloat16 or float16, any strides
+    out: Tensor,  # (O, n) float32, bfloat16 or float16, any strides
     *,
-    index: Tensor | None = None,  # (≥ m,) int64, distinct: rows of out; None: row i goes to out[i]
-    start: Tensor | None = None,  # (≥ m, n) float32, added to row i; it may be out where there is no index
+    index: Tensor | None = None,  # (≥ m,) int64, rows of a; None: the first m
+    out_index: Tensor | None = None,  # (≥ m,) int64, distinct rows of out and start; None: the first m
+    start: Tensor | None = None,  # (O, n) float32, added; it may be out
     scale: Tensor | None = None,  # 0-dim float32 on the device, multiplies the product
     arch: str,
     programs: int,  # how many multiprocessors there are
     tiles: GemmTiles | None = None,
 ) -> None:
-    """out[index[i]] = start[i] + scale · (a @ b)[i] for i < m; all other rows of out are left as they are."""
-    _launch(a, b, count, out, index, start, scale, False, arch, programs, tiles)
+    """out[o] = start[o] + scale · (a[index[i]] @ b) with o = out_index[i] for i < m; others stay as they are."""
+    trans_b = b.stride(1) != 1 and b.stride(0) == 1
+    stored = b.t() if trans_b else b
+    _launch(a, stored, count, out, index, out_index, start, scale, False, trans_b, arch, programs, tiles)
 
 
 def depth_matmul(
-    a: Tensor,  # (≥ m rounded up to PAD, M) float32, bfloat16 or float16; rows between m and there are zero
-    b: Tensor,  # (≥ m rounded up to PAD, N) of a's dtype, likewise
+    a: Tensor,  # (N, M) float32, bfloat16 or float16; without index at least as many rows as b
+    b: Tensor,  # (≥ m rounded up to PAD, N) of a's dtype; rows between m and there are finite
     count: Tensor,  # (1,) int32 on the device: m
     out: Tensor,  # (M, N) float32, bfloat16 or float16, any strides
     *,
+    index: Tensor | None = None,  # (≥ m,) int64, rows of a; None: the first m, and those up to b's padding are zero
     start: Tensor | None = None,  # (M, N) float32, added; it may be out
     scale: Tensor | None = None,  # 0-dim float32 on the device, multiplies the product
     arch: str,
     programs: int,
     tiles: GemmTiles | None = None,
 ) -> None:
-    """out = start + scale · a[:m]ᵀ @ b[:m], every element of it; zero or `start` without a live row."""
-    _launch(a, b, count, out, None, start, scale, True, arch, programs, tiles)
+    """out = start + scale · a[index[:m]]ᵀ @ b[:m], every element of it; zero or `start` without a live row."""
+    _launch(a, b, count, out, index, None, start, scale, True, False, arch, programs, tiles)
 
 
 def _launch(
-    a: Tensor, b: Tensor, count: Tensor, out: Tensor, index: Tensor | None, start: Tensor | None, scale: Tensor | None,
-    count_is_depth: bool, arch: str, programs: int, tiles: GemmTiles | None,
+    a: Tensor, b: Tensor, count: Tensor, out: Tensor, index: Tensor | None, out_index: Tensor | None,
+    start: Tensor | None, scale: Tensor | None, depth: bool, trans_b: bool, arch: str, programs: int,
+    tiles: GemmTiles | None,
 ) -> None:  # fmt: skip
     if out.numel() == 0:
         return
-    m, k = (a.shape[1], a.shape[0]) if count_is_depth else a.shape
-    n = b.shape[1]
-    trans_b = b.stride(1) != 1 and b.stride(0) == 1
-    b_rows = b.t() if trans_b else b
-    aligned = _aligned(a) and _aligned(b_rows)
+    (k, m), n = a.shape if depth else a.shape[::-1], out.shape[1]
+    aligned = _aligned(a) and _aligned(b)
     tma = aligned and a.element_size() == 2 and arch in TMA_ARCHITECTURES
     if tiles is None:
-        tiles = gemm_tiles(arch, a.dtype, aligned=aligned)
+        gathered = "" if index is None else "depth" if depth else "rows"
+        tiles = gemm_tiles(arch, a.dtype, aligned=aligned, gathered=gathered)
     sizes, options = launch_options(tiles)
-    block_a = [tiles.block_k, tiles.block_m] if count_is_depth else [tiles.block_m, tiles.block_k]
+    tma_a = tma and index is None
+    block_a = [tiles.block_k, tiles.block_m] if depth else [tiles.block_m, tiles.block_k]
     block_b = [tiles.block_n, tiles.block_k] if trans_b else [tiles.block_k, tiles.block_n]
     interpreted = not isinstance(_live_matmul_kernel, triton.JITFunction)
     with torch.cuda.device_of(out):
         _live_matmul_kernel[(max(1, programs),)](
-            TensorDescriptor.from_tensor(a, block_a) if tma else a,
-            TensorDescriptor.from_tensor(b_rows, block_b) if tma else b_rows,
-            start, out, index, count, scale, m, n, k, *a.stride(), *b_rows.stride(),
+            TensorDescriptor.from_tensor(a, block_a) if tma_a else a,
+            TensorDescriptor.from_tensor(b, block_b) if tma else b,
+            index, start, out, out_index, count, scale, m, n, k, *a.stride(), *b.stride(),
             *((0, 0) if start is None else start.stride()), *out.stride(),
-            COUNT_IS_DEPTH=count_is_depth, TRANS_B=trans_b, TMA=tma,
-            EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0,
-            EVEN_K=count_is_depth or k % tiles.block_k == 0, WIDEN=interpreted, **sizes, **options,
+            COUNT_IS_DEPTH=depth, TRANS_B=trans_b, TMA_A=tma_a, TMA_B=tma,
+            EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0, EVEN_K=depth or k % tiles.block_k == 0,
+            WIDEN=interpreted, **sizes, **options,
         )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ these are clipped tokens and tokens without an advantage, and only the device kn
 
     live_rows      coefficients (n,) → index (n,), a permutation: live rows ascending, then the others ascending; count
     gather_rows    the first `count` rows of index, to the front of another matrix, and zeros behind them
-    column_sums    sums over those rows, for the bias's gradient
 
 The permutation is found in two passes: live rows in each block of 1024, then each block's place from the counts of the
 blocks before it. Every position is a sum of integers, so the result does not depend on the order programs run in. n
@@ -23,7 +22,6 @@ from torch import Tensor
 
 PAD = 64  # rows; a multiple of every BLOCK_K of the GEMMs over rows
 _BLOCK = 1024  # rows of a block of the scan
-_SUM_BLOCK = 64  # rows and columns of a strip of column_sums
 
 
 @triton.jit
@@ -90,26 +88,6 @@ def _gather_rows_kernel(
         tl.store(out_ptr + row * stride_on + cols, values, mask=cols < written)
 
 
-@triton.jit
-def _column_sums_kernel(
-    a_ptr, out_ptr, count_ptr, scale_ptr, n, stride_ar, stride_o, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
-    count = tl.load(count_ptr)
-    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    rows = tl.arange(0, BLOCK_ROWS)
-    here = cols < n
-    ptrs = a_ptr + rows.to(tl.int64)[:, None] * stride_ar + cols[None, :]
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
-    for start in range(0, count, BLOCK_ROWS):
-        live = (start + rows < count)[:, None] & here[None, :]
-        sums += tl.load(ptrs + tl.cast(start, tl.int64) * stride_ar, mask=live, other=0.0).to(tl.float32)
-    total = tl.sum(sums, axis=0)
-    if scale_ptr is not None:
-        total *= tl.load(scale_ptr)
-    out_ptrs = out_ptr + cols.to(tl.int64) * stride_o
-    tl.store(out_ptrs, tl.load(out_ptrs, mask=here, other=0.0) + total, mask=here)
-
-
 def live_rows(
     base: Tensor,  # (n,) float32
     target_coef: Tensor,  # (n,) float32
@@ -156,22 +134,4 @@ def gather_rows(
         _gather_rows_kernel[(out.shape[0],)](
             source, index, count, out, width, source.stride(0), source.stride(1), out.stride(0),
             PAD=PAD, BLOCK=block, num_warps=max(1, block // 1024), enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-def column_sums(
-    a: Tensor,  # (≥ m, n) float32, bfloat16 or float16, column stride 1
-    count: Tensor,  # (1,) int32 on the device: m
-    out: Tensor,  # (n,) float32
-    *,
-    scale: Tensor | None = None,  # 0-dim float32 on the device
-) -> None:
-    """out += scale · a[:m].sum(0). One program sums 64 columns, in strips of rows that it adds up at the end."""
-    n = a.shape[1]
-    if n == 0:
-        return
-    with torch.cuda.device_of(out):
-        _column_sums_kernel[(triton.cdiv(n, _SUM_BLOCK),)](
-            a, out, count, scale, n, a.stride(0), out.stride(0),
-            BLOCK_ROWS=_SUM_BLOCK, BLOCK_COLS=_SUM_BLOCK, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip

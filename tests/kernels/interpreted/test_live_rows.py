@@ -89,15 +89,3 @@ def test_gathering_from_any_strides(device):
     out = torch.empty(L.PAD, 9, device=device)
     L.gather_rows(source, torch.arange(5, device=device).flip(0), count, out)
     assert torch.equal(out[:4], source.flip(0)[:4])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("live", [0, 65])
-def test_column_sums(live, dtype, device):
-    a = torch.randn(70, 131, device=device).to(dtype)
-    a[live:] = torch.nan
-    out = torch.ones(131, device=device)
-    L.column_sums(
-        a, torch.tensor([live], dtype=torch.int32, device=device), out, scale=torch.tensor(0.5, device=device)
-    )
-    assert torch.allclose(out.double(), 1 + 0.5 * a[:live].double().sum(0), rtol=1e-5, atol=1e-5)

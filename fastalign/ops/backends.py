@@ -4,6 +4,8 @@ capability.
     torch    plain PyTorch, any device
     cpu      C++ (csrc/cpu): threads and SIMD, needs the compiled extension
     triton   CUDA or ROCm tensors; CPU tensors only under TRITON_INTERPRET=1
+    cuda     triton, with C++ kernels (csrc/cuda) where they do less; compute capability 9.0, needs the compiled
+             extension
 
 `backend="auto"` takes triton for CUDA tensors, cpu for CPU tensors, and torch where those are not to be had, which it
 says once in a process. A backend that is named and cannot run raises ValueError with the reason; nothing falls back in
@@ -27,13 +29,16 @@ from fastalign.ops.scans import gae_torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The row functions of one backend; their contract is fastalign.ops.rows. `fused_forward` needs no logits tile.
+    """The row functions of one backend; their contract is fastalign.ops.rows. `fused_forward` needs no logits tile, nor
+    does `fused_exponentials`, which leaves exp(z − reference) behind (fastalign.ops.whole_tiles).
 
+    fused_exponentials(hidden, weight, bias, targets, rows, spec, out) -> (state, reference (n,) float32), with out
+        (n, V) bfloat16 of any row pitch, everywhere finite.
     gae(rewards, values, mask, gamma, lam) -> (advantages, returns): fastalign.ops.scans.
     """
 
@@ -44,6 +49,7 @@ class Backend:
     row_loss_grad: Callable[..., None]
     gae: Callable[..., tuple[Tensor, Tensor]]
     fused_forward: Callable[..., R.RowState] | None = None
+    fused_exponentials: Callable[..., tuple[R.RowState, Tensor]] | None = None
 
 
 def interpreting() -> bool:
@@ -79,7 +85,16 @@ def _reasons() -> dict[str, str | None]:
         reasons["triton"] = (
             None if usable else "no CUDA or ROCm device (set TRITON_INTERPRET=1 to interpret kernels on the CPU)"
         )
+    reasons["cuda"] = reasons["triton"] or _why_no_cuda()
     return reasons
+
+
+def _why_no_cuda() -> str | None:
+    try:
+        from fastalign.kernels import cuda_rows  # noqa: F401
+    except ImportError as error:
+        return f"the CUDA extension is not built ({error}); install with nvcc on the PATH and FASTALIGN_BUILD_CUDA=1"
+    return None if torch.cuda.is_available() and not torch.version.hip else "no CUDA device"
 
 
 def available() -> dict[str, str | None]:
@@ -87,8 +102,9 @@ def available() -> dict[str, str | None]:
     return dict(_reasons())
 
 
-def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `name` cannot serve tensors of this device and dtype; None when it can."""
+    device_type = device.type
     reason = _reasons()[name]
     if reason is not None or name == "torch":
         return reason
@@ -98,6 +114,12 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return f"it serves CPU tensors, hidden is on {device_type!r}"
     if name == "triton" and device_type != "cuda" and not interpreting():
         return f"it serves CUDA tensors, hidden is on {device_type!r}"
+    if name == "cuda":
+        if device_type != "cuda":
+            return f"it serves CUDA tensors, hidden is on {device_type!r}"
+        from fastalign.kernels import cuda_rows
+
+        return cuda_rows.why_unavailable(device.index)
     return None
 
 
@@ -110,6 +132,10 @@ def _load(name: str) -> Backend:
         from fastalign.ops import cpu_backend
 
         return cpu_backend.BACKEND
+    if name == "cuda":
+        from fastalign.ops import cuda_backend
+
+        return cuda_backend.BACKEND
     from fastalign.ops import triton_backend
 
     return triton_backend.BACKEND
@@ -126,15 +152,15 @@ def resolve(name: str, tensor: Tensor) -> Backend:
     Raises:
         ValueError: an unknown name, or a named backend that cannot run here.
     """
-    device_type, dtype = tensor.device.type, tensor.dtype
+    device, dtype = tensor.device, tensor.dtype
     if name == "auto":
-        preferred = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch")
+        preferred = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
         if (reason := _reasons()[preferred]) is not None and not torch.compiler.is_compiling():
-            _say_once(f"{device_type} tensors run on the slower backend 'torch': {reason}")
-        return _load(preferred if _why_not(preferred, device_type, dtype) is None else "torch")
+            _say_once(f"{device.type} tensors run on the slower backend 'torch': {reason}")
+        return _load(preferred if _why_not(preferred, device, dtype) is None else "torch")
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
-    reason = _why_not(name, device_type, dtype)
+    reason = _why_not(name, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={name!r} cannot run: {reason}")
     return _load(name)

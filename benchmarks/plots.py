@@ -13,6 +13,7 @@ from cells.store import Store
 from matplotlib import pyplot
 
 matplotlib.rcParams["svg.hashsalt"] = "fastalign"  # the same rows give the same file
+matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 TASKS = {
     "forward": "log-probs, forward", "logps": "log-probs, loss known later", "sft": "SFT", "dpo": "DPO", "ppo": "PPO",
     "frozen": "frozen head",
@@ -23,12 +24,13 @@ COLOURS = {
     "liger": "tab:green", "cce": "tab:red", "quack": "tab:purple", "verl": "tab:cyan",
 }  # fmt: skip
 OURS = {"fastalign": "tab:blue", "fastalign 0.3 GB": "navy"}
+STEPS = COLOURS | OURS | {"naive, completion logits": "silver", "fastalign padded": "lightsteelblue"}
 Row = dict[str, str]
 
 
 def draw(folder: Path) -> list[Path]:
     """The files drawn, of what there are rows for."""
-    store = Store(folder, same_code=False)
+    store = Store(folder)
     found = []
     rows = _sweep([row for row in store.rows("head") if row.get("seconds")])
     if rows:
@@ -78,6 +80,8 @@ def _by_tokens(rows: list[Row], key: str, scale: float, unit: str, path: Path) -
                 (handles[name],) = axis.plot(*zip(*points, strict=True), "o-", color=colour, lw=width, ms=3, label=name)
         axis.set_title(TASKS[task], fontsize=10)
         axis.set_xscale("log", base=2)
+        counts = sorted({int(row["shape"].split("x")[0]) for row in of_task})
+        axis.set_xticks(counts, [f"{n // 1024}k" if n >= 1024 else str(n) for n in counts])
         axis.set_yscale("log")
         axis.set_xlabel("tokens")
         axis.set_ylabel(unit)
@@ -103,10 +107,10 @@ def _steps(rows: list[Row], path: Path) -> Path:
             for number, name in enumerate(names):
                 if name in own:
                     y = place * (len(names) + 1) + number
-                    bar = axis.barh(y, float(own[name][key]), color=OURS.get(name, COLOURS.get(name, "tab:blue")))
+                    bar = axis.barh(y, float(own[name][key]), color=STEPS[name])
                     axis.bar_label(bar, fmt="{:,.0f}", padding=3, fontsize=7)
         axis.set_title(title, fontsize=10)
-        axis.margins(x=0.15)
+        axis.margins(x=0.15, y=0.01)
         axis.spines[["top", "right"]].set_visible(False)
     places = [(p * (len(names) + 1) + n, f"{task} {model}: {name}") for p, (task, model) in enumerate(groups)
               for n, name in enumerate(names)]  # fmt: skip

@@ -14,16 +14,20 @@ Tell = Callable[[str], None]  # which provider is at work, so that its end is pu
 class Cell:
     """One question, answered by rows that are measured together.
 
-    kind: the module that answers it. name: its key in the results. tier: 0 comes first. settings: the module's own.
+    module: what answers it. name: its key in the results. tier: the lowest comes first. settings: the module's own.
     seconds, gib: estimates of device time and device memory.
     """
 
-    kind: str
+    module: str
     name: str
     tier: int
     seconds: float
     gib: float
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def kind(self) -> str:
+        return self.module.rpartition(".")[2]
 
 
 class Fatal(Exception):
@@ -53,7 +57,7 @@ def protected(call: Callable[[], Any]) -> str | None:
             raise Fatal(error) from found
     else:
         return None
-    gc.collect()
-    if torch.cuda.is_available():
+    if error == "out of memory" or torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     return error

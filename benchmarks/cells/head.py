@@ -49,14 +49,10 @@ def target(gemms: float, task: str) -> float:
 
 def cells(device: str, small: bool) -> list[Cell]:
     if small:
-        shapes = [Shape(64, 32, 211)]
-        grid = [
-            (0, task, s, f, p, 1.0, True)
-            for task in heads.TASKS
-            for s in shapes
-            for f, p in ((1.0, False), (0.5, True))
-        ]
-        grid += [(1, "ppo", shapes[0], 1.0, False, 0.5, False)]
+        shape, wider = Shape(64, 32, 211), Shape(128, 32, 211)
+        grid = [(0, task, shape, f, p, 1.0, True) for task in heads.TASKS for f, p in ((1.0, False), (0.5, True))]
+        grid += [(1, "ppo", shape, 1.0, False, 0.5, False)]
+        grid += [(1, task, wider, 1.0, False, 1.0, False) for task in heads.TASKS]
     else:
         grid = _grid()
     dtype = "float32" if device == "cpu" else "bfloat16"
@@ -71,7 +67,7 @@ def cells(device: str, small: bool) -> list[Cell]:
             "task": task, "shape": tuple(shape), "fraction": fraction, "peaked": peaked, "live": live, "wide": wide,
             "compiled": compiled, "device": device, "dtype": dtype,
         }  # fmt: skip
-        found.setdefault(name, Cell("head", name, tier, *_estimate(task, shape, compiled, device), settings))
+        found.setdefault(name, Cell("cells.head", name, tier, *_estimate(task, shape, compiled, device), settings))
     return list(found.values())
 
 

@@ -35,14 +35,16 @@ SCORES = ("logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
 
 def cells(device: str, small: bool) -> list[Cell]:
     found = []
-    for shape in SMALL if small else SHAPES:
+    for number, shape in enumerate(SMALL if small else SHAPES):
         for dtype in DTYPES:
             for backend in backends(device):
+                if number > 1 and backend == "torch":
+                    continue  # plain PyTorch is not what large sizes could break
                 gib = shape.N * shape.V * 8 * 10 / 2**30 + shape.V * shape.H * 40 / 2**30
                 seconds = 3 + 4e-8 * shape.N * shape.V
                 settings = {"shape": tuple(shape), "dtype": dtype, "backend": backend, "device": device}
                 name = f"numerics/head/{backend}/{dtype}/{shape}"
-                found.append(Cell("numerics", name, 0, seconds, gib, settings))
+                found.append(Cell("cells.numerics", name, 0, seconds, gib, settings))
     return found + numerics_kernels.cells(device, small)
 
 
@@ -226,7 +228,7 @@ def _check(
                 scale = max(1.0, float(true.abs().max()))
                 worst[name] = excess(mine.detach(), getattr(naive, name).detach(), true, SCORE_FLOOR, scale)
         if not bool((out.logps <= 0).all()):
-            raise AssertionError(f"a log-prob of {float(out.logps.max()):g} is above 0")
+            raise AssertionError(f"a log-prob of {float(out.logps.detach().max()):g} is above 0")
         total = losses[loss](out) if loss else None
     grads = _gradients(problem, total)
     for name, mine, theirs, true in _named(problem, grads, gradients.get(loss)):

@@ -35,10 +35,10 @@ def cells(device: str, small: bool) -> list[Cell]:
         for tile in SMALL_TILES if small else TILES:
             own = settings | {"kernel": "rows", "shape": tile}
             name = f"numerics/rows/{backend}/{tile[0]}x{tile[1]}"
-            found.append(Cell("numerics", name, 0, 3.0, tile[0] * tile[1] * 80 / 2**30, own))
+            found.append(Cell("cells.numerics", name, 0, 3.0, tile[0] * tile[1] * 80 / 2**30, own))
         for window in SMALL_WINDOWS if small else WINDOWS:
             own = settings | {"kernel": "scans", "shape": window}
-            found.append(Cell("numerics", f"numerics/scans/{backend}/{window[0]}x{window[1]}", 0, 1.0, 0.1, own))
+            found.append(Cell("cells.numerics", f"numerics/scans/{backend}/{window[0]}x{window[1]}", 0, 1.0, 0.1, own))
     return found
 
 

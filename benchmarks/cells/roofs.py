@@ -38,16 +38,16 @@ def cells(device: str, small: bool) -> list[Cell]:
             gib = (shape.N * shape.H + shape.V * shape.H + 8192 * shape.V) * 2 / 2**30
             settings = {"subject": "forward", "shape": tuple(shape), "dtype": dtype}
             found.append(
-                Cell("roofs", f"roofs/forward/{dtype}/{shape}", 1 if number < 2 else 3, seconds, gib, settings)
+                Cell("cells.roofs", f"roofs/forward/{dtype}/{shape}", 1 if number < 2 else 3, seconds, gib, settings)
             )
     for n, v in SMALL_TILES if small else TILES:
         settings = {"subject": "rows", "shape": (n, v), "dtype": "float32"}
-        found.append(Cell("roofs", f"roofs/rows/{n}x{v}", 2, 8.0, n * v * 14 / 2**30, settings))
+        found.append(Cell("cells.roofs", f"roofs/rows/{n}x{v}", 2, 8.0, n * v * 14 / 2**30, settings))
     for b, t in SMALL_WINDOWS if small else WINDOWS:
         settings = {"subject": "scans", "shape": (b, t), "dtype": "float32"}
-        found.append(Cell("roofs", f"roofs/scans/{b}x{t}", 2, 5.0, b * t * 100 / 2**30, settings))
+        found.append(Cell("cells.roofs", f"roofs/scans/{b}x{t}", 2, 5.0, b * t * 100 / 2**30, settings))
     return [
-        Cell(c.kind, c.name, c.tier, c.seconds, c.gib, dict(c.settings) | {"device": device}) for c in found
+        Cell(c.module, c.name, c.tier, c.seconds, c.gib, dict(c.settings) | {"device": device}) for c in found
     ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def cells(device: str, small: bool) -> list[Cell]:
                 "dtype": "float32" if device == "cpu" else "bfloat16",
             }  # fmt: skip
             name = f"steps/{task}/{model}/" + "x".join(map(str, sizes))
-            found.append(Cell("steps", name, 2 if number == 0 else 3, 25 + 5 * 8 * step, gib, settings))
+            found.append(Cell("cells.steps", name, 2 if number == 0 else 3, 25 + 5 * 8 * step, gib, settings))
     return found
 
 

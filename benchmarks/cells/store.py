@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 
 import harness
@@ -17,11 +18,13 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, commit: str | None = None, driver: str = "", same_code: bool = True) -> None:
-        self.folder = folder
-        self.known = {"code": harness.code_digest(), "versions": harness.versions(), "driver": driver}
-        if commit is not None:
-            self.known["commit"] = commit
-        self.same_code = same_code
+        self.folder, self.same_code = folder, same_code
+        self._given = {"driver": driver} | ({} if commit is None else {"commit": commit})
+
+    @functools.cached_property
+    def known(self) -> dict[str, str]:
+        """What is written beside every row."""
+        return {"code": harness.code_digest(), "versions": harness.versions()} | self._given
 
     def rows(self, kind: str | None = None) -> list[dict[str, str]]:
         """The newest rows of each cell."""
@@ -46,4 +49,4 @@ class Store:
     def add(self, cell: Cell, rows: list[Row]) -> None:
         run = 1 + max((int(row["run"]) for row in self.rows() if row["cell"] == cell.name), default=0)
         kept = [{"cell": cell.name, "run": run} | row for row in rows]
-        harness.append_rows(f"suite_{cell.kind.rpartition('.')[2]}", "", kept, folder=self.folder, **self.known)
+        harness.append_rows(f"suite_{cell.kind}", "", kept, folder=self.folder, **self.known)

@@ -31,7 +31,7 @@ def serve(connection: Any, device: str, threads: int | None, log: str | None) ->
     while (order := connection.recv()) is not None:
         cell, skip = order
         try:
-            module = importlib.import_module(f"cells.{cell.kind}" if "." not in cell.kind else cell.kind)
+            module = importlib.import_module(cell.module)
             gc.collect()
             gc.freeze()  # the libraries' objects are no one's garbage: collecting between rounds takes less
             rows = module.run(cell, lambda name: connection.send(("at", name)), skip)

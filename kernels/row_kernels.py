@@ -8,21 +8,31 @@ tensors one by one. With z = in_scale·(u + b), or out_scale·tanh(in_scale·(u 
     row_grad_bwd     ∂L/∂u = G·dz/du,  G_v = p_v·(base − entropy_coef·log p_v),  G_y = target_coef
     row_exp_fwd      exp(z − max) in 16 bits, from which row_grad_bwd can start too (EXP_TILE): p = E·exp(−log_sum)
 
-Work and traffic per logit, and the floor for 8192 × 131072 logits at the 4.3 TB/s an H200 sustains:
+Work per logit, instructions counted in the main loops that Triton 3.9 makes for sm_90, and what they come to for 8192 ×
+131072 logits on an H200 (132 multiprocessors at 1.75 GHz: 128 instructions or 16 exp a clock each; 4.3 TB/s):
 
-    row_stats   4 B read                               8 FLOP + 1 exp (+ 4 with entropy, + 25 with softcap)      1.0 ms
-    row_grad    4 B read, 4 B written (or 2 B)         6 FLOP + 1 exp                                   2.0 ms (1.5 ms)
-    EXP_TILE    2 B read, 2 B written                  1 FLOP                                                    1.0 ms
-    row_exp     4 B read, 2 B written                  2 FLOP + 1 exp                                            1.5 ms
+    kernel                        bytes             instructions   exp    memory     issue     exp
+    row_stats                     4 read            9.6            1      1.0 ms     0.35 ms   0.29 ms
+      + entropy, or top-1, or Σp² 4 read            12 to 13       1      1.0 ms     0.47 ms   0.29 ms
+      with a softcap              4 read            33             3      1.0 ms     1.2 ms    0.9 ms
+    row_grad in 16 bits           4 read, 2 written 10.6           1      1.5 ms     0.38 ms   0.29 ms
+    row_grad in float32           4 read, 4 written 11.2           1      2.0 ms     0.4 ms    0.29 ms
+    row_grad, EXP_TILE            2 read, 2 written 4.6            0      1.0 ms     0.17 ms
+    row_exp                       4 read, 2 written 8.6            1      1.5 ms     0.31 ms   0.29 ms
 
-One exponential a logit is a third of what the special-function units deliver in that time, so memory is the limit.
-Every logit is read once (the target's four bytes twice) and written once. Rows whose coefficients are all zero are
-not read at all: their gradient is 0, whatever the logits hold.
+So memory is the limit, but for statistics under a softcap. The figures are counts; no device has confirmed them. A
+logit is read once (the target's four bytes twice) and written once. Rows whose coefficients are all zero are not read
+at all: their gradient is 0, whatever the logits hold. Where in_scale is 1 there is no multiplication by it.
 
-One program per row, on grid x (limit 2^31 − 1). A row is never split over programs: then its sums would be taken in
-an order that depends on how many rows there are, and equal rows would stop giving equal results. So few rows leave
-multiprocessors idle. Any strides are correct; speed wants a column stride of 1, and 16-byte accesses want row strides
-that are multiples of 16 elements.
+One program per row, on grid x (limit 2^31 − 1), and no split of a row over programs: for fewer than about 132·3 rows
+some multiprocessors idle (64 rows take about 40 µs, the GEMM before them reads its weight for 250). A split by columns
+would have to be the same for any number of rows, or equal rows would stop giving equal results, and a narrower
+gradient could not go over its tile. `csrc/cuda` has one, over clusters.
+
+What latency needs (20 to 30 KB of loads in flight a multiprocessor) comes from 4 to 6 programs of 256 threads with
+the next block's 16 KiB each on the way. Any strides are correct; speed wants a column stride of 1, and 16-byte accesses
+want row strides that are multiples of 16 elements, whatever the width. For rows that start elsewhere a shifted walk
+would align them, and give a row other sums in another place of the tile; so they are read 4 bytes at a time.
 
 Launchers check what would corrupt memory (how `out` overlaps `tile`); shapes and dtypes are checked by the ops that
 call them.

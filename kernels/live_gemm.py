@@ -2,8 +2,10 @@
 
 With m = count live rows of n, numbered by `live_rows.live_rows`' index, and 16-bit operands:
 
-    rows_matmul    out[o[i]] = start[o[i]] + scale · Σ_k a[index[i], k]·b[k, :]   for i < m: G·W, or logits h·Wᵀ
-    depth_matmul   out       = start + scale · Σ_{i<m} a[index[i], :]ᵀ b[i, :]               grad_weight = Gᵀ·h
+    rows_matmul    out[o[i]] = start[o[i]] + scale · factors[index[i]] · Σ_k a[index[i], k]·b[k, :]   for i < m
+    depth_matmul   out       = start + scale · Σ_{i<m} a[index[i], :]ᵀ b[i, :]
+
+which are hidden's gradient G·W (and the logits h·Wᵀ again) and the weight's, Gᵀ·h.
 
 Sums are float32 in a fixed order, one rounding at the end, no atomics, no split over the depth: the same inputs give
 the same bits, and a row of rows_matmul does not see the others. A library's GEMM needs its sizes on the host; it adds
@@ -79,19 +81,19 @@ def _operand(
 
 @triton.jit
 def _store_tile(
-    acc, row, col, num_rows, num_cols, start_ptr, out_ptr, index_ptr, scale, stride_start_row, stride_start_col,
+    acc, row, col, num_rows, num_cols, start_ptr, out_ptr, index_ptr, factor, stride_start_row, stride_start_col,
     stride_out_row, stride_out_col, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, add and store an accumulator in PARTS pieces of columns, left to right."""
+    """Multiply by factor (R, 1) or a scalar, add and store an accumulator in PARTS pieces of columns, left to right."""
     if PARTS > 1:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), [0, 2, 1]))
         _store_tile(
-            left, row, col, num_rows, num_cols, start_ptr, out_ptr, index_ptr, scale, stride_start_row,
+            left, row, col, num_rows, num_cols, start_ptr, out_ptr, index_ptr, factor, stride_start_row,
             stride_start_col, stride_out_row, stride_out_col, PARTS // 2,
         )  # fmt: skip
         _store_tile(
-            right, row, col + HALF, num_rows, num_cols, start_ptr, out_ptr, index_ptr, scale, stride_start_row,
+            right, row, col + HALF, num_rows, num_cols, start_ptr, out_ptr, index_ptr, factor, stride_start_row,
             stride_start_col, stride_out_row, stride_out_col, PARTS // 2,
         )  # fmt: skip
     else:
@@ -100,7 +102,7 @@ def _store_tile(
         places = rows.to(tl.int64)
         if index_ptr is not None:
             places = tl.load(index_ptr + places, mask=rows < num_rows, other=0)
-        acc *= scale
+        acc *= factor
         if start_ptr is not None:
             ptrs = start_ptr + places[:, None] * stride_start_row + cols[None, :] * stride_start_col
             acc += tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
@@ -110,7 +112,7 @@ def _store_tile(
 
 @triton.jit
 def _live_matmul_kernel(
-    a, b, a_index_ptr, start_ptr, out_ptr, out_index_ptr, count_ptr, scale_ptr,
+    a, b, a_index_ptr, start_ptr, out_ptr, out_index_ptr, count_ptr, scale_ptr, factors_ptr,
     m, n, k, stride_ar, stride_ac, stride_br, stride_bc, stride_sr, stride_sc, stride_or, stride_oc,
     COUNT_IS_DEPTH: tl.constexpr, TRANS_B: tl.constexpr, TMA_A: tl.constexpr, TMA_B: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
@@ -158,8 +160,14 @@ def _live_matmul_kernel(
                     not EVEN_N, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
             acc = tl.dot(x, y, acc, input_precision="ieee")
+        factor = scale
+        if factors_ptr is not None:
+            rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+            if a_index_ptr is not None:
+                rows = tl.load(a_index_ptr + rows, mask=rows < m, other=0)
+            factor = tl.load(factors_ptr + rows, mask=row + tl.arange(0, BLOCK_M) < m, other=0.0)[:, None] * scale
         _store_tile(
-            acc, row, col, m, n, start_ptr, out_ptr, out_index_ptr, scale, stride_sr, stride_sc, stride_or, stride_oc,
+            acc, row, col, m, n, start_ptr, out_ptr, out_index_ptr, factor, stride_sr, stride_sc, stride_or, stride_oc,
             PARTS,
         )  # fmt: skip
 
@@ -235,14 +243,18 @@ def rows_matmul(
     out_index: Tensor | None = None,  # (≥ m,) int64, distinct rows of out and start; None: the first m
     start: Tensor | None = None,  # (O, n) float32, added; it may be out
     scale: Tensor | None = None,  # 0-dim float32 on the device, multiplies the product
+    factors: Tensor | None = None,  # (N,) float32, multiply it by rows of a
     arch: str,
     programs: int,  # how many multiprocessors there are
     tiles: GemmTiles | None = None,
 ) -> None:
-    """out[o] = start[o] + scale · (a[index[i]] @ b) with o = out_index[i] for i < m; others stay as they are."""
+    """out[o] = start[o] + scale · (a[index[i]] @ b) with o = out_index[i] for i < m; others stay as they are.
+
+    The product of row i is multiplied by factors[index[i]] too.
+    """
     trans_b = b.stride(1) != 1 and b.stride(0) == 1
     stored = b.t() if trans_b else b
-    _launch(a, stored, count, out, index, out_index, start, scale, False, trans_b, arch, programs, tiles)
+    _launch(a, stored, count, out, index, out_index, start, scale, factors, False, trans_b, arch, programs, tiles)
 
 
 def depth_matmul(
@@ -259,13 +271,13 @@ def depth_matmul(
     tiles: GemmTiles | None = None,
 ) -> None:
     """out = start + scale · a[index[:m]]ᵀ @ b[:m], every element of it; zero or `start` without a live row."""
-    _launch(a, b, count, out, index, None, start, scale, True, False, arch, programs, tiles)
+    _launch(a, b, count, out, index, None, start, scale, None, True, False, arch, programs, tiles)
 
 
 def _launch(
     a: Tensor, b: Tensor, count: Tensor, out: Tensor, index: Tensor | None, out_index: Tensor | None,
-    start: Tensor | None, scale: Tensor | None, depth: bool, trans_b: bool, arch: str, programs: int,
-    tiles: GemmTiles | None,
+    start: Tensor | None, scale: Tensor | None, factors: Tensor | None, depth: bool, trans_b: bool, arch: str,
+    programs: int, tiles: GemmTiles | None,
 ) -> None:  # fmt: skip
     if out.numel() == 0:
         return
@@ -284,7 +296,8 @@ def _launch(
         _live_matmul_kernel[(max(1, programs),)](
             TensorDescriptor.from_tensor(a, block_a) if tma_a else a,
             TensorDescriptor.from_tensor(b, block_b) if tma else b,
-            index, start, out, out_index, count, scale, m, n, k, *a.stride(), *b.stride(),
+            index, start, out, out_index, count, scale, None if factors is None else factors.contiguous(),
+            m, n, k, *a.stride(), *b.stride(),
             *((0, 0) if start is None else start.stride()), *out.stride(),
             COUNT_IS_DEPTH=depth, TRANS_B=trans_b, TMA_A=tma_a, TMA_B=tma,
             EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0, EVEN_K=depth or k % tiles.block_k == 0,

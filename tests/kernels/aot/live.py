@@ -38,7 +38,7 @@ def products() -> Iterator[Case]:
             continue
         yield from product(dtype, "grad_hidden", wide | rows | onto)
         yield from product(dtype, "logits", wide | {"out_index_ptr": "i64"}, trans_b=True)
-    yield from product("bf16", "only grad_hidden", narrow | rows | scaled)
+    yield from product("bf16", "only grad_hidden", narrow | rows | {"factors_ptr": "fp32"})
     yield from product("bf16", "only grad_weight", narrow | at | scaled, depth=True)
     yield from product("bf16", "dense grad_weight", wide | onto, depth=True)
     yield from product("bf16", "ragged grad_weight", wide | at | onto | scaled, depth=True, even=False)

@@ -126,7 +126,7 @@ def test_a_row_does_not_see_its_neighbours(problem, arch):
         assert torch.equal(alone[0], together[p.live[place]])
 
 
-def test_start_and_scale(problem, arch):
+def test_start_scale_and_factors(problem, arch):
     """Slab by slab: the first slab's product is the second's start, and the last one goes out in 16 bits."""
     p = problem(70, 40, 64, 0.5, torch.bfloat16)
     n, device, scale = 70, p.h.device, torch.tensor(0.25, device=p.h.device)
@@ -139,6 +139,10 @@ def test_start_and_scale(problem, arch):
     exact = torch.zeros(n, 40, dtype=torch.float64, device=device)
     exact[p.live] = 0.25 * (p.grad[p.live].double() @ p.weight.double())
     assert ((out.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-5).all()  # the interpreter truncates to bfloat16
+
+    factors = torch.linspace(-1, 1, n, device=device)
+    G.rows_matmul(p.grad, p.weight, p.count, sums, factors=factors, **rows)
+    close(sums[p.live], 0.25 * factors.double()[p.live, None] * (p.grad[p.live].double() @ p.weight.double()), 64)
 
     weight = torch.ones(64, 40, device=device)
     G.depth_matmul(p.grad, p.front_h, p.count, weight, index=p.index, start=weight, scale=scale, **options(arch))

@@ -154,11 +154,14 @@ def scores(
 
 def checks(problem: Problem, backend: str, plain: bool) -> Iterator[Row]:
     """One row for each schedule and loss."""
+    from fastalign.ops.backends import resolve
+
     i = problem.inputs
     exact_leaves, exact = problem.reference(torch.float64)
     naive_leaves, naive = problem.reference(i.hidden.dtype)
     problem.sampled(exact)
     losses = problem.losses()
+    invariant = resolve(backend, i.hidden).fused_forward is not None
     both = ((naive, naive_leaves), (exact, exact_leaves))
     gradients = {
         name: [torch.autograd.grad(loss(out), leaves, retain_graph=True) for out, leaves in both]
@@ -168,7 +171,9 @@ def checks(problem: Problem, backend: str, plain: bool) -> Iterator[Row]:
         row: Row = {"check": name, "error": ""}
 
         def check(row: Row = row, loss: str = loss, call: Any = call) -> None:
-            _check(row, problem, call, losses, loss, naive, exact, gradients)
+            out = _check(row, problem, call, losses, loss, naive, exact, gradients)
+            if invariant and not loss:
+                _check_invariance(problem, call, out)
 
         row["error"] = protected(check) or ""
         yield row
@@ -206,15 +211,15 @@ def _calls(problem: Problem, backend: str, plain: bool) -> Iterator[tuple[str, s
 
 def _check(
     row: Row, problem: Problem, call: Callable[[], Any], losses: Any, loss: str, naive: Any, exact: Any, gradients: Any
-) -> None:
-    """Fills in `excess`, or `refused` where a schedule says that it cannot serve; raises what is wrong."""
+) -> Any:
+    """Fills in `excess`, or `refused` where a schedule says that it cannot serve; raises what is wrong. The result."""
     try:
         out = call()
     except ValueError as refusal:
         if row["check"].split(",")[0] not in ("cached", "overlaid"):
             raise
         row["refused"] = short(refusal)
-        return
+        return None
     worst: dict[str, float] = {}
     if isinstance(out, Tensor):
         value, theirs = (losses[loss](given).detach() for given in (exact, naive))
@@ -243,8 +248,7 @@ def _check(
         same += list(zip(grads, repeated, strict=True))
     if not all(a is b or torch.equal(a, b) for a, b in same):
         raise AssertionError("two calls differ")
-    if total is None and out.logps.is_cuda:
-        _check_invariance(problem, call, out)
+    return out
 
 
 def _check_invariance(problem: Problem, call: Callable[[], Any], out: Any) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import json
 import multiprocessing
 import os
@@ -56,7 +55,6 @@ MATRIX_INSTRUCTIONS = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
-BULK_COPY = "cp.async.bulk.tensor"
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,8 @@ def measure(job: tuple[Case, str]) -> tuple[Resources, list[str]]:
         problems.append(f"takes {shared} bytes of shared memory, there are {_tiles.SHARED_MEMORY_LIMIT[arch]}")
     if case.matrix and instruction != MATRIX_INSTRUCTIONS[arch]:
         problems.append(f"multiplies with {instruction or 'no matrix instruction'}, not {MATRIX_INSTRUCTIONS[arch]}")
-    if case.descriptors and BULK_COPY not in assembly:
-        problems.append("does not copy its tiles in bulk, through tensor descriptors")
+    if case.matrix and arch == "sm_90":
+        problems += _hopper_problems(_cuobjdump("-sass", compiled.asm["cubin"]), bool(case.descriptors))
     if re.search(r"\bv_\w+_f64" if amd else r"\.f64\b", assembly) and not case.float64:
         problems.append("computes in float64")
     if case.constants.get("NARROW_ALIAS") and not _barrier_between_loads_and_stores(assembly, amd):
@@ -139,20 +137,32 @@ def measure(job: tuple[Case, str]) -> tuple[Resources, list[str]]:
     return line, problems
 
 
+def _hopper_problems(sass: str, bulk: bool) -> list[str]:
+    """What ptxas made of wgmma and of bulk copies."""
+    problems = []
+    if bulk and "UTMALDG" not in sass:
+        problems.append("does not copy its tiles in bulk, through tensor descriptors")
+    order = "".join("".join(groups) for groups in re.findall(r"(H)GMMA|WARPGROUP.DEPBAR.LE gsb(0), 0x0|(B)RA", sass))
+    if "H0H" in order:
+        problems.append("waits for every single wgmma: something else touches the accumulator in the loop")
+    return problems
+
+
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = _cuobjdump("--dump-resource-usage", cubin)
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-@functools.cache
-def _cuobjdump() -> str:
-    """The one that ships inside the Triton wheel."""
-    return str(next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("cuobjdump*")))
+def _cuobjdump(what: str, cubin: bytes) -> str:
+    """By the tools that ship inside the Triton wheel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [next(map(str, tools.glob("cuobjdump*"))), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:

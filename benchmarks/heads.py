@@ -228,13 +228,12 @@ def group_rows(task: str, i: Inputs) -> int | None:
 
 def planned(task: str, i: Inputs, **options: Any) -> Any:
     """fastalign's plan of `ours(task, **options)`."""
-    from fastalign.ops import plan
+    from fastalign.ops.logps_op import plan_for
+    from fastalign.ops.rows import RowSpec
 
     megabytes = options.get("workspace_mb")
-    N, H, V = i.shape
-    return plan(
-        len(i.rows), H, V, dtype=i.hidden.dtype, device_type=i.hidden.device.type, num_tokens=N,
-        needs=(task != "forward", task not in ("forward", "frozen"), False), group_rows=group_rows(task, i),
-        workspace_bytes=None if megabytes is None else int(megabytes * 2**20),
-        schedule=options.get("schedule", "auto"),
+    return plan_for(
+        i.hidden, i.weight, len(i.rows), (task != "forward", task not in ("forward", "frozen"), False),
+        options.get("schedule", "auto"), None if megabytes is None else int(megabytes * 2**20), RowSpec(),
+        options.get("backend", "auto"), group_rows=group_rows(task, i), gathered=len(i.rows) < len(i.targets),
     )  # fmt: skip

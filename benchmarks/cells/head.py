@@ -236,6 +236,7 @@ def _figures(
         plan = heads.planned(task, inputs, **options)
         gemms = plan.gemms
         row |= {"schedule": plan.schedule, "planned_mib": (plan.predicted_bytes - plan.gradient_bytes) / 2**20}
+        row["planned_seconds"] = None if plan.time is None else plan.time.seconds
         row["target"] = target(gemms, task)
     row |= {"gemms": gemms, "over_gemms": seconds / (gemms * gemm)}
     if (name, "all rows") in middle:

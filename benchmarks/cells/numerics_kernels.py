@@ -63,18 +63,25 @@ def run(cell: Cell, tell: Tell, skip: dict[str, str]) -> list[Row]:
     return rows
 
 
-def elementwise(ours: Tensor, naive: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """The rule in every element, where plain PyTorch's error is the largest of its row; dtype: ours is stored in."""
+def elementwise(
+    ours: Tensor, naive: Tensor, exact: Tensor, dtype: torch.dtype = torch.float32, scale: Tensor | None = None
+) -> float:
+    """The rule in every element, where plain PyTorch's error is the largest of its row; dtype: ours is stored in.
+
+    scale: what the floor is relative to, at least; beside it the element, or the largest of its row.
+    """
     if not exact.numel():
         return 0.0
     if not ours.isfinite().all():
         return float("inf")
     naive_error = (naive.double() - exact).abs()
-    scale = exact.abs().clamp(min=1)
+    size = exact.abs().clamp(min=1)
     if exact.dim() == 2:
-        naive_error, scale = naive_error.amax(1, keepdim=True), exact.abs().amax(1, keepdim=True)
+        naive_error, size = naive_error.amax(1, keepdim=True), exact.abs().amax(1, keepdim=True)
+    if scale is not None:
+        size = torch.maximum(size, scale)
     relative, subnormal = ROUNDING[dtype]
-    allowed = 2 * naive_error + FLOOR * scale + relative * exact.abs() + subnormal
+    allowed = 2 * naive_error + FLOOR * size + relative * exact.abs() + subnormal
     return float(((ours.double() - exact).abs() / allowed).max())
 
 
@@ -101,6 +108,11 @@ def row_checks(backend: str, device: str, n: int, v: int) -> Iterator[tuple[str,
                 return _gradient(R, functions, u, bias, targets, spec, dtype)
 
             yield f"row_grad, {name}, {dtype}".replace("torch.", ""), gradient
+
+            def known(spec: Any = spec, dtype: torch.dtype = dtype) -> dict[str, float]:
+                return _gradient(R, functions, u, bias, targets, spec, dtype, known=True)
+
+            yield f"row_loss_grad, {name}, {dtype}".replace("torch.", ""), known
 
 
 def laid_out(functions: Any, u: Tensor) -> Tensor:
@@ -168,9 +180,11 @@ def _outputs(R: Any, state: Any, spec: Any) -> dict[str, Tensor]:
 
 
 def _gradient(
-    R: Any, functions: Any, u: Tensor, bias: Tensor, targets: Tensor, spec: Any, dtype: torch.dtype
+    R: Any, functions: Any, u: Tensor, bias: Tensor, targets: Tensor, spec: Any, dtype: torch.dtype, known: bool = False
 ) -> dict[str, float]:
-    """row_grad over its own tile, and row_exp, whose only 16-bit dtype is bfloat16."""
+    """row_grad over its own tile, and row_exp, whose only 16-bit dtype is bfloat16; known: row_loss_grad instead."""
+    from fastalign.ops.known_grads import KnownGrads, two_passes
+
     worst = {"gradient": 0.0}
     for part in _parts(*u.shape):
         n, v = u[part].shape
@@ -178,21 +192,35 @@ def _gradient(
         exact_stats = R.finish(_fold(R, R.row_stats, u[part], bias, targets[part], wide, [0, v], torch.float64), wide)
         g = torch.Generator(u.device).manual_seed(1)
         a, c, e = torch.randn(3, n, generator=g, device=u.device, dtype=torch.float64)
-        coef = R.coefficients(exact_stats, a, c, e if spec.entropy else None)
+        upstream = (a, None if known else c, e if spec.entropy else None)
+        coef = R.coefficients(exact_stats, *upstream)
         exact, naive = (torch.empty(n, v, dtype=d, device=u.device) for d in (torch.float64, torch.float32))
         R.row_grad(u[part].double(), bias.double(), targets[part], 0, exact_stats, coef, spec, exact)
         stats, narrow = (type(each)(*(None if x is None else x.float() for x in each)) for each in (exact_stats, coef))
-        R.row_grad(u[part], bias, targets[part], 0, stats, narrow, spec, naive)
+        if known:  # plain PyTorch, too, has nothing but its own statistics
+            given = KnownGrads(a.float(), e.float() if spec.entropy else None)
+            plain = R.RowState.start(n, spec, u.device)
+            two_passes(R.row_stats, R.row_grad)(u[part], bias, targets[part], plain, given, spec, naive)
+        else:
+            R.row_grad(u[part], bias, targets[part], 0, stats, narrow, spec, naive)
         own = laid_out(functions, u[part].clone())
-        if dtype == torch.bfloat16 and not spec.entropy:
+        if dtype == torch.bfloat16 and not spec.entropy and not known:
             kept = torch.empty(n, v, dtype=dtype, device=u.device)
             functions.row_exp(own, bias, stats, spec, kept)
             powers = [R.tile_logits(u[part].to(d), bias, spec).sub_(s.max[:, None].to(d)).exp_() for d, s in
                       ((torch.float32, stats), (torch.float64, exact_stats))]  # fmt: skip
             worst["exponentials"] = max(worst.get("exponentials", 0.0), elementwise(kept, *powers, dtype))
         out = own if dtype == torch.float32 else own.view(dtype)[:, :v]
-        functions.row_grad(own, bias, targets[part], 0, stats, narrow, spec, out)
-        worst["gradient"] = max(worst["gradient"], elementwise(out, naive, exact, dtype))
+        if known:
+            state = R.RowState.start(n, spec, u.device)
+            functions.row_loss_grad(own, bias, targets[part], state, given, spec, out)
+            lse = (R.finish(state, spec).lse, R.finish(plain, spec).lse, exact_stats.lse)
+            worst["lse"] = max(worst.get("lse", 0.0), elementwise(*lse))
+        else:
+            functions.row_grad(own, bias, targets[part], 0, stats, narrow, spec, out)
+        # of 1 − p, near p = 1, its own float32 statistics leave a row no more than the rounding of a sum near 1
+        scale = a.abs()[:, None] if known else None
+        worst["gradient"] = max(worst["gradient"], elementwise(out, naive, exact, dtype, scale))
     return worst
 
 

@@ -9,7 +9,9 @@ Bytes are the fewest: each input read once, each output written once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import harness
@@ -17,7 +19,6 @@ import scans
 import torch
 from inputs import Inputs
 from shapes import Shape
-from torch import Tensor
 
 from cells import Cell, Row, Tell, protected
 from cells.numerics import backends
@@ -42,7 +43,7 @@ def cells(device: str, small: bool) -> list[Cell]:
             )
     for n, v in SMALL_TILES if small else TILES:
         settings = {"subject": "rows", "shape": (n, v), "dtype": "float32"}
-        found.append(Cell("cells.roofs", f"roofs/rows/{n}x{v}", 2, 8.0, n * v * 14 / 2**30, settings))
+        found.append(Cell("cells.roofs", f"roofs/rows/{n}x{v}", 2, 8.0, n * v * 30 / 2**30, settings))
     for b, t in SMALL_WINDOWS if small else WINDOWS:
         settings = {"subject": "scans", "shape": (b, t), "dtype": "float32"}
         found.append(Cell("cells.roofs", f"roofs/scans/{b}x{t}", 2, 5.0, b * t * 100 / 2**30, settings))
@@ -124,39 +125,38 @@ def _copy(size: float, device: str) -> tuple[Callable[[], Any], float]:
 
 def _rows(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
     from fastalign.ops import rows as R
+    from fastalign.ops.known_grads import KnownGrads
 
     (n, v), device = s["shape"], s["device"]
     g = torch.Generator(device).manual_seed(0)
     u = torch.randn(n, v, device=device, generator=g)
     targets = torch.randint(0, v, (n,), device=device, generator=g)
+    ones = torch.ones(n, device=device)
     calls: Calls = {}
-    for functions in _functions(device):
+    for functions, (name, spec) in itertools.product(
+        _functions(device), {"": R.RowSpec(), ", entropy": R.RowSpec(entropy=True)}.items()
+    ):
         tile = laid_out(functions, u)
-        for name, spec in {"": R.RowSpec(), ", entropy": R.RowSpec(entropy=True)}.items():
-            state = R.RowState.start(n, spec, tile.device)
-            functions.row_stats(tile, None, targets, 0, state, spec)
-            stats = R.finish(state, spec)
-            ones = torch.ones(n, device=device)
-            coef = R.coefficients(stats, ones, None, ones if spec.entropy else None)
-            fresh = R.RowState.start(n, spec, tile.device)
-
-            def statistics(
-                functions: Any = functions, tile: Tensor = tile, fresh: Any = fresh, spec: Any = spec
-            ) -> None:
-                functions.row_stats(tile, None, targets, 0, fresh, spec)
-
-            calls[f"{functions.name} row_stats{name}"] = (statistics, 4.0 * n * v)
-            narrow = {"float32": torch.float32} | ({} if device == "cpu" else {"bfloat16": torch.bfloat16})
-            for kind, dtype in narrow.items():
-                out = laid_out(functions, torch.empty(n, v, dtype=dtype, device=device))
-
-                def gradient(
-                    functions: Any = functions, tile: Tensor = tile, stats: Any = stats, coef: Any = coef,
-                    spec: Any = spec, out: Tensor = out,
-                ) -> None:  # fmt: skip
-                    functions.row_grad(tile, None, targets, 0, stats, coef, spec, out)
-
-                calls[f"{functions.name} row_grad to {kind}{name}"] = (gradient, (4.0 + out.element_size()) * n * v)
+        space = laid_out(functions, torch.empty_like(u))
+        state = R.RowState.start(n, spec, tile.device)
+        functions.row_stats(tile, None, targets, 0, state, spec)
+        stats = R.finish(state, spec)
+        coef = R.coefficients(stats, ones, None, ones if spec.entropy else None)
+        fresh = R.RowState.start(n, spec, tile.device)
+        known = KnownGrads(ones, ones if spec.entropy else None)
+        given = tile, None, targets
+        calls[f"{functions.name} row_stats{name}"] = (
+            partial(functions.row_stats, *given, 0, fresh, spec), 4.0 * n * v
+        )  # fmt: skip
+        narrow = {} if functions.name == "cpu" else {"bfloat16": space.view(torch.bfloat16)[:, :v]}
+        for kind, out in ({"float32": space} | narrow).items():
+            moved = (4.0 + out.element_size()) * n * v
+            calls[f"{functions.name} row_grad to {kind}{name}"] = (
+                partial(functions.row_grad, *given, 0, stats, coef, spec, out), moved
+            )  # fmt: skip
+            calls[f"{functions.name} row_loss_grad to {kind}{name}"] = (
+                partial(functions.row_loss_grad, *given, fresh, known, spec, out), moved
+            )  # fmt: skip
     return calls, _copy(8.0 * n * v, device)
 
 

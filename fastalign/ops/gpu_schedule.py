@@ -133,7 +133,7 @@ def _kept(call: Call, budget: int, kept: int, reason: str) -> Plan | None:
     room, transit = budget - stored, 0
     if room <= 0 or not kept or (call.size == 2 and not call.exponentials):
         return None
-    fused = call.exponentials and call.kernels.exponentials
+    fused = call.scalable and call.kernels.exponentials  # relative to a reference that row_grad does not know
     workspace = state_bytes(call) if fused else 0
     if call.exponentials and not fused:
         row = pitch(call.V) * 4 + call.H * call.size

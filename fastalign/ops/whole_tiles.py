@@ -7,7 +7,9 @@ they lie, but for the target's: the gradient of a row is a multiple of its E,
 
 so hidden's gradient is r_i·(E_i W), scaled in float32, and the weight's Eᵀ(r h). No row kernel reads them, and a second
 backward finds them as the first did. E and r·h are rounded once each, where E·r would be: the error is that of two
-operands in 16 bits instead of one. A row whose r is 0 but not its target's coefficient gets an r too small to matter.
+operands in 16 bits instead of one. A row whose base is 0 but not its target's coefficient gets a base of 2⁻³⁰ of that,
+which no rounding to 16 bits shows. The reference may lie up to REACH below the maximum: then E, E_y and r stay within
+bfloat16's range and float32's.
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops import live
 from fastalign.ops import rows as R
 from fastalign.ops.known_grads import KnownGrads
 from fastalign.ops.sinks import Sinks, add_scaled
 from fastalign.ops.tile_sizes import align
 
 if TYPE_CHECKING:
+    from fastalign.ops.live import LiveRows
     from fastalign.ops.tiles import Block, Tiles
 
 
+REACH = 60.0  # nats: e^60 · 2^30 < 2^127, and e^−60 · 1e−11 is a normal float32
+
+
 class Exponentials(NamedTuple):
-    """tile: (≥ n, V) 16-bit, exp(z − reference); reference: (n,) float32."""
+    """tile: (≥ n, V) bfloat16, exp(z − reference); reference: (n,) float32, from the row's maximum to REACH below."""
 
     tile: Tensor
     reference: Tensor
@@ -35,21 +42,27 @@ class Exponentials(NamedTuple):
 
 def gradients(
     tiles: Tiles, block: Block, index: Tensor | None, grad: Tensor, sinks: Sinks, scale: Tensor | None = None,
-    h: Tensor | None = None, factors: Tensor | None = None,
+    h: Tensor | None = None, factors: Tensor | None = None, alive: LiveRows | None = None,
 ) -> None:  # fmt: skip
     """The products of a tile's gradient (≥ n, V): one for the weight, and pieces of one for hidden.
 
     index: where rows go in the sink of hidden; None: to their own place. scale: 0-dim, of everything. factors (n,): of
-    hidden's rows; h: what the weight's gradient is taken with, if not the block's own rows.
+    hidden's rows; h: what the weight's gradient is taken with, if not the block's own rows. alive: rows that take part,
+    if not all do.
     """
     if sinks.bias is not None:
         add_scaled(sinks.bias, grad[: block.n].sum(0, dtype=tiles.wide), scale)
     if sinks.weight is not None:
-        tiles.add_weight(sinks, 0, tiles.V, grad, block.h if h is None else h, scale)
+        tiles.add_weight(sinks, 0, tiles.V, grad, block.h if h is None else h, scale, alive)
         sinks.first = False
     if sinks.hidden is None:
         return
     weight, out = tiles.weight_slab(0, tiles.V), sinks.hidden
+    if alive is not None:
+        if index is None:
+            out[block.start : block.stop].zero_()
+        alive.store_rows(out, grad, weight, factors=factors, scale=scale)
+        return
     if index is None and out.dtype == tiles.wide and factors is None and scale is None:
         tiles.product(out[block.start : block.stop], grad[: block.n], weight, first=True)
         return
@@ -100,12 +113,17 @@ def exponentials_backward(
     """Gradients of a block from its exponentials. Its `h`, which the weight's alone needs, is scaled: it is a copy."""
     assert coef.entropy is None
     n, scale = block.n, tiles.spec.in_scale
-    factors = coef.base * scale * torch.exp(held.reference - stats.max - stats.log_sum)
-    target = coef.target * scale
-    least = target.abs() * 2.0**-60
-    factors = torch.where(factors.abs() < least, least, factors)
-    entry = torch.where(factors == 0, 0.0, target / factors)
+    least = coef.target.abs() * 2.0**-30
+    base = torch.where(coef.base.abs() < least, least, coef.base)
+    ratio = torch.exp(held.reference - stats.max - stats.log_sum)
+    entry = torch.where(base == 0, 0.0, coef.target / base) / ratio
+    factors = base * ratio * scale
     tile = held.tile[:n]
     tile.scatter_(1, block.targets[:, None], entry[:, None].to(tile.dtype))
-    scaled = None if sinks.weight is None else block.h[:n].mul_(factors[:, None])
-    gradients(tiles, block, None if sinks.compact else block.index, tile, sinks, None, scaled, factors)
+    alive = None if sinks.compact else live.find(tiles, block, coef)
+    scaled = None
+    if alive is not None:
+        alive.scale(factors)
+    elif sinks.weight is not None:
+        scaled = block.h[:n].mul_(factors[:, None])
+    gradients(tiles, block, None if sinks.compact else block.index, tile, sinks, None, scaled, factors, alive)

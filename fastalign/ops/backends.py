@@ -68,6 +68,12 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a large kernel run at once; a few where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
 def _reasons() -> dict[str, str | None]:
     reasons: dict[str, str | None] = {"torch": None}
     try:

@@ -159,7 +159,7 @@ def recompute(
     stats, coef = R.cut(stats, coef, start, stop)
     if index is not None:
         index = index[start:stop]
-    live = R.live_rows(coef)
+    live = tiles.live_rows(coef)
     if live is not None:
         stats, coef = R.take(stats, coef, live)
         index = start + live if index is None else index.index_select(0, live)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import devices, whole_tiles
+from fastalign.ops import live as device_rows
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend
 from fastalign.ops.gpu_call import pitch
@@ -53,16 +54,16 @@ class Tiles:
 
     hidden (N, H) in the compute dtype; weight (V, H) in the compute dtype or a wider one (rounded to it slab by slab);
     bias (V,) or None; targets (N,) int64; rows (n,) int64, the rows that count in the order they are worked on, or None
-    for all.
+    for all. skip_rows: fastalign.ops.live.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec:
         R.RowSpec,
-        plan: Plan, backend: Backend,
+        plan: Plan, backend: Backend, skip_rows: str = "auto",
     ) -> None:  # fmt: skip
         self.hidden, self.weight, self.bias, self.targets, self.rows = hidden, weight, bias, targets, rows
-        self.spec, self.plan, self.backend = spec, plan, backend
+        self.spec, self.plan, self.backend, self.skip_rows = spec, plan, backend, skip_rows
         self.V = weight.shape[0]
         self.device = hidden.device
         self.vocab_major = devices.gemm_style(self.device) == "cpu"
@@ -134,6 +135,10 @@ class Tiles:
             return self.hidden, self.weight, self.bias, self.targets, self.rows[start:stop]
         return self.hidden[start:stop], self.weight, self.bias, self.targets[start:stop], None
 
+    def live_rows(self, coef: R.RowCoef) -> Tensor | None:
+        """Rows that the gradient GEMMs are confined to, where the host knows them; None: all, or `device_rows`."""
+        return R.live_rows(coef) if self.vocab_major and self.skip_rows != "never" else None
+
     def _take(self, block: Block, rows: Tensor) -> Block:
         """Some rows of a block, in the memory of its `h`."""
         index = block.start + rows if block.index is None else block.index.index_select(0, rows)
@@ -195,18 +200,19 @@ class Tiles:
     ) -> None:  # fmt: skip
         """Turn a tile into its gradient, slab by slab, and add it to the sinks.
 
-        Only `live_rows` take part, gathered to the front of the tile (or of the scratch): the GEMMs are as short as the
-        block has live rows. The block's `h` may be overwritten by theirs.
+        Only live rows take part. Where the host knows them they are gathered to the front of the tile (or of the
+        scratch); on a device as fastalign.ops.live says. The block's `h` may be overwritten by theirs.
 
         tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless
             `overwrite`, the tile is left as it is, for another backward.
         overlaid: u of the block's first rows, slab by slab, in memory that the weight's gradient may take as soon as a
             slab has been read; with it and without `tile` only the other rows' logits are computed again.
         """
-        live = None if sinks.compact else R.live_rows(coef)
+        live = None if sinks.compact else self.live_rows(coef)
         nothing = sinks.hidden is None and sinks.weight is None and sinks.bias is None
         if nothing or (live is not None and not len(live)):
             return
+        alive = None if sinks.compact else device_rows.find(self, block, coef)
         again = block.n if tile is not None else 0  # first row whose logits are computed again
         if overlaid is not None and tile is None:
             again = min(overlaid[0].shape[0], align(block.n))
@@ -232,7 +238,10 @@ class Tiles:
             u = self.new_tile(block.n, v1 - v0, scratch) if tile is None else tile[: align(block.n), v0:v1]
             if recompute:
                 assert weight is not None
-                self.logits(block.h[again:], weight, u[again:])
+                if alive is None:
+                    self.logits(block.h[again:], weight, u[again:])
+                else:
+                    alive.logits(weight, u)
             grad = self.grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
             for part, targets, part_stats, part_coef in pieces:
                 bias, rows = self.bias_slab(v0, v1), None
@@ -243,15 +252,15 @@ class Tiles:
             if align(block.n) != block.n:
                 grad[block.n :].zero_()
             if in_one:
-                whole_tiles.gradients(self, block, index, grad, sinks, scale)
+                whole_tiles.gradients(self, block, index, grad, sinks, scale, alive=alive)
                 continue
             if sinks.bias is not None:
                 add_scaled(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
             if sinks.weight is not None:
-                self.add_weight(sinks, v0, v1, grad, block.h, scale)
+                self.add_weight(sinks, v0, v1, grad, block.h, scale, alive)
             if grad_rows is not None:
                 assert weight is not None
-                self.product(grad_rows, grad, weight, first=v0 == 0)
+                (self.product if alive is None else alive.add_rows)(grad_rows, grad, weight, first=v0 == 0)
         sinks.first = False
         if grad_rows is not None:
             assert sinks.hidden is not None
@@ -287,10 +296,15 @@ class Tiles:
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
-    def add_weight(self, sinks: Sinks, v0: int, v1: int, grad: Tensor, h: Tensor, scale: Tensor | None) -> None:
+    def add_weight(
+        self, sinks: Sinks, v0: int, v1: int, grad: Tensor, h: Tensor, scale: Tensor | None,
+        alive: device_rows.LiveRows | None = None,
+    ) -> None:  # fmt: skip
         assert sinks.weight is not None
         out = sinks.weight[v0:v1]
-        if scale is None and out.dtype == self.wide:
+        if alive is not None:
+            alive.add_depth(out, grad, first=sinks.first, scale=scale)
+        elif scale is None and out.dtype == self.wide:
             self.product(out, grad.t(), h, first=sinks.first)
         elif (
             scale is None and out.dtype == self.operand

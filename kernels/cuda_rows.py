@@ -32,7 +32,7 @@ def why_unavailable(device: int) -> str | None:
 
 def row_loss_grad(
     tile: Tensor,  # (n, V) float32, column stride 1: the whole vocabulary
-    bias: Tensor | None,  # (V,) float32
+    bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,) int64
     values: Tensor,  # (6, n) float32, contiguous: MAX, SUM, TARGET, and with `sums` ENT, SUM_SQ, SUM_Z; written
     argmax: Tensor | None,  # (n,) int64; written with `sums`
@@ -65,7 +65,7 @@ def row_loss_grad(
     if grad_entropy is not None and not sums:
         raise ValueError("grad_entropy was given without sums=True: the gradient needs each row's entropy")
     narrow_alias(tile, out)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     targets, grad_logps = targets.contiguous(), grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     _cuda.row_loss_grad(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import fastalign.kernels
 import pytest
 import torch
 
+import fastalign.ops
 from fastalign.ops import rows as R
+from fastalign.ops.known_grads import KnownGrads
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -210,3 +217,67 @@ def test_how_a_row_is_cut(library):
     assert library.shape_of(32000).cluster == 2
     assert library.shape_of(131072).cluster == 8
     assert library.max_columns() > 400000
+
+
+@pytest.fixture
+def cuda_backend(library, repository, monkeypatch):
+    """backend='cuda', its extension played by the emulation, which gets what bindings_cuda.cpp says it takes."""
+    pytest.importorskip("triton")
+    source = (repository / "csrc/bindings_cuda.cpp").read_text()
+    parameters = re.search(r'"row_loss_grad",\s*\[\]\((.*?)\)', source, re.DOTALL)[1]
+    order = [parameter.split()[-1] for parameter in parameters.split(",")]
+
+    def launch(*values):
+        given = SimpleNamespace(**dict(zip(order, values, strict=True)))
+        arguments = Arguments(**{name: getattr(given, name) for name, _ in Arguments._fields_})
+        shape = library.shape_of(given.v)
+        library.emulate(
+            ctypes.byref(arguments), given.element, given.softcap, given.sums, shape.cluster, shape.slice, True, True, 1
+        )  # fmt: skip
+        assert (given.device, given.stream) == (None, 99)
+
+    elements = SimpleNamespace(float32=0, bfloat16=1, float16=2)
+    fake = SimpleNamespace(MAX_COLUMNS=library.max_columns(), Element=elements, row_loss_grad=launch)
+    modules = {fastalign.kernels: "cuda_rows", fastalign.ops: "cuda_backend"}  # made anew with it, and forgotten again
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "fastalign.kernels._cuda", fake)
+        patch.setattr(fastalign.kernels, "_cuda", fake, raising=False)
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99))
+        for package, name in modules.items():
+            patch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+            patch.delattr(package, name, raising=False)
+        yield importlib.import_module("fastalign.ops.cuda_backend").BACKEND
+        for package, name in modules.items():
+            del sys.modules[f"{package.__name__}.{name}"]
+            delattr(package, name)
+
+
+def test_the_launcher_hands_over_what_the_binding_takes(run, cuda_backend):
+    for softcap, dtype in ((None, torch.bfloat16), (5.0, torch.float32)):
+        tile, bias, targets, a, e = problem(3, 640)
+        spec = R.RowSpec.make(temperature=0.7, logit_scale=1.1, softcap=softcap, **ALL)
+        expected = torch.empty(3, 640, dtype=dtype)
+        wanted = run(tile, bias, targets, a, e, spec, expected, cluster=1)
+        state, memory = R.RowState.start(3, spec, tile.device), tile.clone()
+        out, known = memory.view(dtype)[:, :640], KnownGrads(a, e)
+        cuda_backend.row_loss_grad(memory, bias, targets, state, known, spec, out)
+        assert torch.equal(out, expected)
+        assert torch.equal(state.values, wanted.values)
+        assert torch.equal(state.argmax, wanted.argmax)
+
+
+def test_the_launcher_refuses_what_would_corrupt_memory(cuda_backend):
+    tile, bias, targets, a, e = problem(3, 640)
+    state = R.RowState.start(3, R.RowSpec(), tile.device)
+    halves = tile.view(torch.bfloat16)
+    refused = {
+        "overlaps tile": (R.RowSpec(), KnownGrads(a), halves[:, 640:]),
+        "column strides must be 1": (R.RowSpec(), KnownGrads(a), torch.empty(640, 3).t()),
+        "without sums=True": (R.RowSpec(), KnownGrads(a, e), tile),
+    }
+    for message, (spec, known, out) in refused.items():
+        with pytest.raises(ValueError, match=message):
+            cuda_backend.row_loss_grad(tile, bias, targets, state, known, spec, out)
+    wide = torch.zeros(1, 500_000)
+    with pytest.raises(ValueError, match="take backend='triton'"):
+        cuda_backend.row_loss_grad(wide, None, targets[:1], state, KnownGrads(a[:1]), R.RowSpec(), wide)

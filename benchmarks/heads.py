@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -198,6 +199,13 @@ def ours(task: str, **options: Any) -> Callable[[Inputs], Tensor]:
     if task in _OURS:
         return partial(_OURS[task], **options)
     return behind(task, partial(fastalign_logps, **options))
+
+
+def skips_rows() -> bool:
+    """Whether rows without a gradient can be asked to be left out of a GPU's products, or not to be."""
+    from fastalign import linear_ppo_loss
+
+    return "skip_rows" in inspect.signature(linear_ppo_loss).parameters
 
 
 def behind(task: str, logps: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:

@@ -141,6 +141,8 @@ def _ours(task: str, wide: bool, live: float) -> dict[str, dict[str, Any]]:
     chosen = OURS[task] if wide else {name: given for name, given in OURS[task].items() if name == "0.3 GB"}
     if live != 1:
         chosen = {name: given for name, given in OURS[task].items() if name == "streamed"}
+        if heads.skips_rows():
+            chosen |= {f"rows skipped {how}": {"skip_rows": how} for how in ("always", "never")}
     return {"fastalign": {}} | {f"fastalign {name}": given for name, given in chosen.items()}
 
 

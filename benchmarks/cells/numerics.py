@@ -9,8 +9,10 @@ and a row's scores by the fused forward independent of the rows beside it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import heads
@@ -30,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled, softcap, bias": {"temperature": 0.9, "logit_scale": 1.2, "softcap": 20.0},
 }
+INTO = {"auto, added to a gradient": "auto", "deferred, added to a gradient": "deferred"}  # and its schedule
 SCORES = ("logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
 
 
@@ -97,6 +100,7 @@ class Problem:
     inputs: Inputs
     bias: Tensor | None
     options: dict[str, Any]
+    into: Tensor | None = None  # float32 memory of the weight's gradient, where a call adds to it
 
     @classmethod
     def make(cls, shape: Shape, device: str, dtype: torch.dtype, peaked: bool, options: dict[str, Any]) -> Problem:
@@ -171,6 +175,7 @@ def checks(problem: Problem, backend: str, plain: bool) -> Iterator[Row]:
         row: Row = {"check": name, "error": ""}
 
         def check(row: Row = row, loss: str = loss, call: Any = call) -> None:
+            problem.into = i.weight.new_zeros(i.weight.shape, dtype=torch.float32) if row["check"] in INTO else None
             out = _check(row, problem, call, losses, loss, naive, exact, gradients)
             if invariant and not loss:
                 _check_invariance(problem, call, out)
@@ -193,6 +198,8 @@ def _calls(problem: Problem, backend: str, plain: bool) -> Iterator[tuple[str, s
         own = given | ({"bias": problem.bias.detach()} if frozen and problem.bias is not None else {})
         return lambda: linear_logps(i.hidden, weight, i.targets, rows=i.rows, **own, **options)
 
+    for name, schedule in INTO.items():
+        yield name, "logps", lambda s=schedule: logps(schedule=s, accumulate_into=problem.into)()
     yield "forward, every output", "", torch.no_grad()(logps(**every))
     yield "auto, every output", "entropy", logps(**every)
     yield "frozen, every output", "entropy", logps(frozen=True, **every)
@@ -201,12 +208,16 @@ def _calls(problem: Problem, backend: str, plain: bool) -> Iterator[tuple[str, s
             name = schedule if budget is None else f"{schedule}, {budget} MiB"
             yield name, "logps", logps(schedule == "frozen", schedule=schedule, workspace_mb=budget)
     if plain:
+        # which products "auto" takes may depend on the call before, and two calls are compared bit by bit
+        skipped = [{"skip_rows": how} for how in ("never", "always")] if heads.skips_rows() else [{}]
         for task in ("sft", "dpo", "ppo"):
-            for schedule, budget in (("auto", None), ("streamed", None), ("streamed", 24)):
-                name = f"{task}, {schedule}" + ("" if budget is None else f", {budget} MiB")
-                yield name, task, lambda task=task, schedule=schedule, budget=budget: heads.ours(
-                    task, schedule=schedule, workspace_mb=budget, backend=backend
-                )(i)  # fmt: skip
+            ways = skipped if task == "ppo" else [{}]
+            for way, (schedule, budget) in itertools.product(
+                ways, (("auto", None), ("streamed", None), ("streamed", 24))
+            ):
+                given = {"schedule": schedule, "workspace_mb": budget, "backend": backend, **way}
+                name = ", ".join([task, schedule, *(() if budget is None else (f"{budget} MiB",)), *way.values()])
+                yield name, task, partial(heads.ours(task, **given), i)
 
 
 def _check(
@@ -272,7 +283,12 @@ def _tensors(out: Any) -> list[Any]:
 def _gradients(problem: Problem, total: Tensor | None) -> list[Tensor | None]:
     if total is None:
         return []
-    return list(torch.autograd.grad(total, problem.leaves, allow_unused=True))
+    if problem.into is not None:
+        problem.into.zero_()
+    found = list(torch.autograd.grad(total, problem.leaves, allow_unused=True))
+    if problem.into is not None:
+        found[1] = problem.into.clone()
+    return found
 
 
 def _named(problem: Problem, grads: list[Any], expected: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

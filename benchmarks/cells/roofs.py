@@ -2,6 +2,7 @@
 
     forward   log-probs without a logits tile: share of torch.mm's time for the same product (≥ 0.85 is the aim)
     rows      row functions on a float32 tile: share of the bandwidth of a copy that moves as many bytes
+    live      GEMMs over the rows that have a gradient, whose number is read on the device: share of torch.mm's rate
     scans     advantages, sums of sequences: likewise. Peers are those of scans.py
 
 Bytes are the fewest: each input read once, each output written once.
@@ -47,6 +48,9 @@ def cells(device: str, small: bool) -> list[Cell]:
     for b, t in SMALL_WINDOWS if small else WINDOWS:
         settings = {"subject": "scans", "shape": (b, t), "dtype": "float32"}
         found.append(Cell("cells.roofs", f"roofs/scans/{b}x{t}", 2, 5.0, b * t * 100 / 2**30, settings))
+    if device == "cuda":
+        settings = {"subject": "live", "shape": tuple(FORWARD[0]), "dtype": "bfloat16"}
+        found.append(Cell("cells.roofs", f"roofs/live/{FORWARD[0]}", 2, 8.0, 12.0, settings))
     return [
         Cell(c.module, c.name, c.tier, c.seconds, c.gib, dict(c.settings) | {"device": device}) for c in found
     ]  # fmt: skip
@@ -55,7 +59,7 @@ def cells(device: str, small: bool) -> list[Cell]:
 def run(cell: Cell, tell: Tell, skip: dict[str, str]) -> list[Row]:
     s = cell.settings
     tell("inputs")
-    made = {"forward": _forward, "rows": _rows, "scans": _scans}[s["subject"]]
+    made = {"forward": _forward, "rows": _rows, "scans": _scans, "live": _live}[s["subject"]]
     calls, roof = made(s)
     rows: list[Row] = []
     for name in list(calls):
@@ -72,7 +76,7 @@ def run(cell: Cell, tell: Tell, skip: dict[str, str]) -> list[Row]:
     rate = roof[1] / middle["roof"]  # bytes or FLOP per second
     about = {
         "subject": s["subject"], "shape": "x".join(map(str, s["shape"])), "dtype": s["dtype"],
-        "unit": "TFLOP/s" if s["subject"] == "forward" else "TB/s", "roof_rate": rate / 1e12,
+        "unit": "TFLOP/s" if s["subject"] in ("forward", "live") else "TB/s", "roof_rate": rate / 1e12,
     }  # fmt: skip
     for row in rows:
         if row["provider"] in calls:
@@ -114,6 +118,32 @@ def _forward(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
             torch.mm(part, i.weight.T, out=out[: len(part)])
 
     return calls, (product, flop)
+
+
+def _live(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
+    """Products of hidden's and the weight's gradient, over all rows, three quarters, half and a quarter of them."""
+    from fastalign.ops.backends import architecture
+    from fastalign.ops.live import LiveRows
+
+    n, h, v = s["shape"]
+    options: dict[str, Any] = {"device": s["device"], "dtype": getattr(torch, s["dtype"])}
+    grad, weight, hidden = (torch.randn(size, **options) for size in ((n, v), (v, h), (n, h)))
+    device = grad.device
+    out, wide = torch.empty(n, h, device=device), torch.empty(v, h, device=device)
+    calls: Calls = {}
+    for share in (1.0, 0.75, 0.5, 0.25):
+        order = torch.randperm(n, device=device)
+        m = round(share * n)
+        index = torch.cat([order[:m].sort().values, order[m:].sort().values])
+        count = torch.full((1,), m, dtype=torch.int32, device=device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        live, flop = LiveRows(index, count, architecture(device), processors), 2.0 * m * h * v
+        front = live.in_front(hidden, lambda rows: torch.empty(rows, h, **options))
+        calls[f"hidden's gradient, {share:.0%} of the rows"] = (partial(live.rows, out, grad, weight), flop)
+        calls[f"weight's gradient, {share:.0%} of the rows"] = (partial(live.add_depth, wide, grad, front), flop)
+    flop = 2.0 * n * h * v
+    calls["torch.mm, weight's gradient"] = (partial(torch.mm, grad.T, hidden, out_dtype=torch.float32, out=wide), flop)
+    return calls, (partial(torch.mm, grad, weight, out_dtype=torch.float32, out=out), flop)
 
 
 def _copy(size: float, device: str) -> tuple[Callable[[], Any], float]:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastalign.kernels import fused_forward, row_kernels
+from fastalign.kernels import fused_forward, row_kernels, row_loss_grad
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-KERNELS = (row_kernels, fused_forward)
+KERNELS = (row_kernels, row_loss_grad, fused_forward)
 NO_DEVICE = -1  # its own entry in every kernel's cache of compiled code
 
 
@@ -87,6 +87,23 @@ def test_row_grad_over_its_tile(entropy, dtype, launches):
     source = launch.compiled.src
     assert source.constants[(source.fn.arg_names.index("NARROW_ALIAS"),)] == (dtype != torch.float32)
     assert "v4.b32" in code or "dwordx4" in code, "16-byte accesses"
+
+
+@pytest.mark.parametrize(("n", "v"), [(1, 1), (3, 100), (2, 50257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_one_pass(dtype, n, v, launches):
+    """A single row or column is a compile-time 1; an odd width has 16-byte accesses where its pitch allows them."""
+    tile = torch.zeros(n, -(-v // 16) * 16)[:, :v]
+    out, targets = tile.view(dtype)[:, :v], torch.zeros(n, dtype=torch.int64)
+    flags = {"entropy": True, "top1": True, "in_scale": 0.5}
+    a, e = torch.ones(2, n).unbind()
+    row_loss_grad.row_loss_grad(tile, None, targets, torch.zeros(6, n), torch.zeros_like(targets), a, e, out, **flags)
+    row_kernels.row_stats_fwd(tile, None, targets, 0, torch.zeros(6, n), targets)
+    both, stats = launches.recorded
+    assert both.grid == stats.grid == (n,)
+    for launch in launches.recorded:
+        code = launch.compiled.asm["ptx" if launches.arch == "sm_90" else "amdgcn"]
+        assert v < 1000 or "v4.b32" in code or "dwordx4" in code
 
 
 def test_exponentials(launches):

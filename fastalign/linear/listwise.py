@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
+from fastalign.linear.sequences import lengths_on, sums
 from fastalign.losses import check_reduction, list_losses, list_metrics, mean_metric
 from fastalign.losses.listwise import Lists, check_loss_type
 from fastalign.losses.rewards import list_bounds
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 DEFAULT_BETA = 0.1
@@ -94,8 +95,8 @@ def linear_pro_loss(
         scores, logps, lengths = scoring(scored, cu, given.get("ref_logps"))
         found = list_metrics(scores, ranks, cu_lists=cu_lists, lengths=lengths)
         found["nll_loss"] = mean_metric(_nll_of_best(logps, lengths, ranks, cu_lists))
-        sums = list_metrics(logps, ranks, cu_lists=cu_lists)
-        found |= {f"logps/{name}": sums[f"scores/{name}"] for name in ("best", "worst")}
+        summed = list_metrics(logps, ranks, cu_lists=cu_lists)
+        found |= {f"logps/{name}": summed[f"scores/{name}"] for name in ("best", "worst")}
         return found | (_token_metrics(scored, lengths, ranks, cu_lists) if token_metrics else {})
 
     denominator: float | Tensor = 1.0
@@ -127,8 +128,8 @@ class _Scoring:
         self._beta, self._normalize = beta, length_normalize
 
     def __call__(self, scored: LinearLogps, cu: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logps = sequence_logps(scored.logps, cu_seqlens=cu)
-        lengths = cu.diff().to(device=logps.device, non_blocking=True)
+        logps = sums(scored.logps, cu)
+        lengths = lengths_on(cu, logps)
         ratios = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
         scores = ratios / lengths.clamp(min=1) if self._normalize else ratios
         return self._beta * scores, logps, lengths

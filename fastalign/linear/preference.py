@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
-from fastalign.linear.sequences import check_detached, count_sequences, halved_sums, halves, lengths_on
+from fastalign.linear.sequences import check_detached, count_sequences, halved_sums, halves, lengths_on, sums
 from fastalign.losses import (
     DPOOptions,
     check_pair_call,
@@ -22,7 +22,7 @@ from fastalign.losses import (
     tail_mask,
     wpo_weights,
 )
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 
@@ -160,7 +160,7 @@ def _inputs(
 def _wpo_weights(scored: LinearLogps, cu: Tensor) -> Tensor:
     assert scored.log_sum_sq_probs is not None
     alignment = scored.logps.detach() - scored.log_sum_sq_probs
-    return wpo_weights(*halves(sequence_logps(alignment, cu_seqlens=cu, reduction="mean")))
+    return wpo_weights(*halves(sums(alignment, cu, reduction="mean")))
 
 
 def _token_metrics(scored: LinearLogps, cu: Tensor) -> dict[str, Metric]:

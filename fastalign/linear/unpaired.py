@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
-from fastalign.linear.sequences import check_per_sequence, count_sequences, lengths_on
+from fastalign.linear.sequences import check_per_sequence, count_sequences, lengths_on, sums
 from fastalign.losses import check_reduction, check_response_call, response_losses, response_metrics
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 
@@ -59,10 +59,10 @@ def linear_kto_loss(
     check_response_call(**options)
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor, labels: Tensor) -> Tensor:
-        return response_losses(sequence_logps(scored.logps, cu_seqlens=cu), ref_logps, labels, **options)
+        return response_losses(sums(scored.logps, cu), ref_logps, labels, **options)
 
     def metrics(scored: LinearLogps, cu: Tensor, ref_logps: Tensor, labels: Tensor) -> dict[str, Metric]:
-        logps = sequence_logps(scored.logps, cu_seqlens=cu)
+        logps = sums(scored.logps, cu)
         found = response_metrics(logps, ref_logps, labels, kl=kl, beta=beta)
         return found | _lengths_and_logits(scored, cu, labels, token_metrics)
 
@@ -81,10 +81,10 @@ def linear_kto_loss(
 def _lengths_and_logits(scored: LinearLogps, cu: Tensor, labels: Tensor, token_metrics: bool) -> dict[str, Metric]:
     lengths = lengths_on(cu, scored.logps).to(scored.logps.dtype)
     found = accuracy_and_entropy(scored) if token_metrics else {}
-    sums = None if scored.mean_logits is None else sequence_logps(scored.mean_logits, cu_seqlens=cu)
+    logits = None if scored.mean_logits is None else sums(scored.mean_logits, cu)
     for side, of_side in (("chosen", labels), ("rejected", ~labels)):
         counts = of_side.to(lengths.dtype)
         found[f"length/{side}"] = Metric((lengths * counts).sum(), counts.sum())
-        if sums is not None:
-            found[f"logits/{side}"] = Metric((sums * counts).sum(), (lengths * counts).sum())
+        if logits is not None:
+            found[f"logits/{side}"] = Metric((logits * counts).sum(), (lengths * counts).sum())
     return found

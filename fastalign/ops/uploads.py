@@ -16,12 +16,16 @@ def on_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if tensor.device.type == device.type:
         return tensor
-    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_current_stream_capturing():
-        return from_runs(tensor, device)
+    if tensor.device.type == "cpu" and _capturing(device):
+        return _from_runs(tensor, device)
     return tensor.to(device, non_blocking=True)
 
 
-def from_runs(host: Tensor, device: torch.device) -> Tensor:
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _from_runs(host: Tensor, device: torch.device) -> Tensor:
     """The same integers, written on the device run by run."""
     out = torch.empty(host.shape, dtype=host.dtype, device=device)
     values = host.numpy()

@@ -76,8 +76,9 @@ def gradients(
                 piece.mul_(multiple)
         if index is None:
             out[block.start + first : block.start + part.stop].copy_(piece)
-        else:
-            out.index_copy_(0, index[part], piece.to(out.dtype))
+        else:  # rounded where the rows' inputs were, which nobody needs any more
+            there = block.copied and block.h.dtype == out.dtype != piece.dtype
+            out.index_copy_(0, index[part], block.h[part].copy_(piece) if there else piece.to(out.dtype))
 
 
 def score_known(tiles: Tiles, block: Block, known: KnownGrads, sinks: Sinks, tile: Tensor) -> R.RowState:

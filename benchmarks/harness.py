@@ -100,7 +100,7 @@ def gpu_state() -> dict[str, Any]:
 @functools.cache
 def _l2() -> torch.Tensor:
     """Memory twice as large as the GPU's last cache."""
-    size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    size = 2 * getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
     return torch.empty(max(size, 2**26), dtype=torch.int8, device="cuda")
 
 

@@ -59,6 +59,8 @@ def run(cell: Cell, tell: Tell, skip: dict[str, str]) -> list[Row]:
                 raise AssertionError(f"{row['worst']} errs by {row['excess']:.2f} times what the rule allows")
 
         row["error"] = protected(filled) or ""
+        if row["error"] == "out of memory":  # says nothing of the numbers
+            row["error"], row["refused"] = "", row["error"]
         rows.append(row)
     return rows
 

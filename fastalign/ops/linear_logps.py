@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastalign.ops import rows as R
 from fastalign.ops.arguments import check_accumulator, check_head, needed_gradients, row_spec, workspace_bytes
+from fastalign.ops.live import check_skip_rows
 from fastalign.ops.logps_op import plan_for
-from fastalign.ops.schedule import choose, default_budget
+from fastalign.ops.schedule import Plan, choose, default_budget
 from fastalign.ops.uploads import covers, on_device
 from fastalign.types import IGNORE_INDEX, LinearLogps
 
@@ -25,7 +26,7 @@ def linear_logps(
     logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX, entropy: bool = False,
     top1: bool = False, log_sum_sq_probs: bool = False, mean_logits: bool = False, rows: Tensor | None = None,
     backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
-    accumulate_into: Tensor | None = None,
+    accumulate_into: Tensor | None = None, skip_rows: str = "auto",
 ) -> LinearLogps:  # fmt: skip
     """Log-probs of the targets under a linear head, and what else one pass over the vocabulary can give.
 
@@ -51,6 +52,8 @@ def linear_logps(
             without a buffer of its own; autograd's gradient of weight is then None. For loops that keep
             float32 gradients (`weight.grad` of float32 weights, `main_grad`), where nothing waits for autograd's:
             hooks on the weight, such as those of DDP and FSDP, do not run. Eager only.
+        skip_rows: whether a GPU's gradient GEMMs leave out rows whose upstream gradients are all 0: "always", "never",
+            or "auto", by the share that earlier calls had (fastalign.ops.live). CPUs do unless "never".
     Returns:
         LinearLogps(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits) of targets' shape, float32 (is_top1
         bool), 0 where ignored. Gradients flow from logps, lse and entropy to hidden, weight and bias.
@@ -65,19 +68,20 @@ def linear_logps(
     shape = targets.shape
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     needs = needed_gradients(flat_hidden, weight, bias)
+    check_skip_rows(skip_rows, backend, hidden)
     if accumulate_into is not None:
         check_accumulator(accumulate_into, weight, needs[1], schedule)
     every = rows is not None and covers(rows, flat_targets.shape[0]) and _in_range(flat_targets, weight)
     if rows is not None:
         rows = None if every else on_device(rows, hidden.device)
     name, kept_rows, workspace, overlay_dtype = _schedule(
-        flat_hidden, weight, rows, needs, schedule, workspace_bytes(workspace_mb), spec, backend, every,
+        flat_hidden, weight, rows, needs, schedule, workspace_bytes(workspace_mb), spec, backend, skip_rows, every,
         accumulate_into is not None,
     )  # fmt: skip
     out = torch.ops.fastalign.linear_logps(
         flat_hidden, weight, bias, flat_targets, rows, every, spec.in_scale, spec.out_scale, spec.softcap, ignore_index,
         [entropy, top1, log_sum_sq_probs, mean_logits], list(needs), backend, name, kept_rows, workspace,
-        overlay_dtype, accumulate_into,
+        skip_rows, overlay_dtype, accumulate_into,
     )  # fmt: skip
     logps, lse, ent, is_top1, log_sum_sq, mean = (
         t.view(shape) if t.numel() or not shape.numel() else None for t in out[:6]
@@ -123,7 +127,7 @@ def _in_range(targets: Tensor, weight: Tensor) -> bool:
 
 def _schedule(
     hidden: Tensor, weight: Tensor, rows: Tensor | None, needs: tuple[bool, bool, bool], schedule: str,
-    workspace: int | None, spec: R.RowSpec, backend: str, every: bool, into: bool,
+    workspace: int | None, spec: R.RowSpec, backend: str, skip_rows: str, every: bool, into: bool,
 ) -> tuple[str, int, int, torch.dtype | None]:  # fmt: skip
     """Decided where sizes are plain integers: (schedule, rows kept for the backward, budget in bytes, dtype in which an
     overlaid gradient is summed)."""
@@ -137,9 +141,15 @@ def _schedule(
         budget = default_budget(hidden.device.type) if workspace is None else workspace
         return choose(needs, None, schedule)[0], 0, budget, None
     n = hidden.shape[0] if rows is None else rows.shape[0]
-    chosen = plan_for(hidden, weight, n, needs, schedule, workspace, spec, backend, gathered=not every)
+
+    def planned(schedule: str) -> Plan:
+        return plan_for(
+            hidden, weight, n, needs, schedule, workspace, spec, backend, skip_rows=skip_rows, gathered=not every
+        )  # fmt: skip
+
+    chosen = planned(schedule)
     if into and chosen.schedule == "overlaid":  # there is no new memory for the weight's gradient
-        chosen = plan_for(hidden, weight, n, needs, "deferred", workspace, spec, backend, gathered=not every)
+        chosen = planned("deferred")
     overlay_dtype = None
     if chosen.schedule == "overlaid":
         several = chosen.n > chosen.rows

@@ -27,6 +27,7 @@ from fastalign.ops import rows as R
 from fastalign.ops.arguments import check_accumulator, check_head, needed_gradients, row_spec, workspace_bytes
 from fastalign.ops.groups import Chunk, Layout
 from fastalign.ops.linear_logps import linear_logps
+from fastalign.ops.live import check_skip_rows
 from fastalign.ops.logps_op import plan_for
 from fastalign.ops.schedule import Plan
 from fastalign.ops.sinks import Sinks, make_sinks
@@ -52,7 +53,7 @@ def linear_loss(
     log_sum_sq_probs: bool = False, mean_logits: bool = False, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     metrics_fn: MetricsFn | None = None, backend: str = "auto", schedule: str = "auto",
-    workspace_mb: float | None = None, accumulate_into: Tensor | None = None,
+    workspace_mb: float | None = None, accumulate_into: Tensor | None = None, skip_rows: str = "auto",
 ) -> LossOutput:  # fmt: skip
     """Any loss that is a sum over groups of sequences, through the fused head.
 
@@ -65,8 +66,8 @@ def linear_loss(
             |y|, and the chunk's part of `inputs`. It returns one loss per group (G',), in the order of the groups'
             first sequences.
         hidden: padded (B, T, H), each row of the batch a sequence; or packed (N, H) with cu_seqlens.
-        weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb: as in
-            linear_logps; rows must ascend.
+        weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb, skip_rows:
+            as in linear_logps; rows must ascend.
         cu_seqlens: (S + 1,) int32 on the host, over all N tokens.
         groups: (S,) integers on the host, which sequences belong together; None: every sequence is its own group;
             "tokens": every token is (loss_fn then gets cu_seqlens=None and returns (n,)).
@@ -95,6 +96,7 @@ def linear_loss(
     layout = Layout.make(hidden, targets, cu_seqlens, groups, rows, ignore_index, weight.shape[0], inputs or {})
     flat = hidden.reshape(-1, hidden.shape[-1])
     needs = needed_gradients(flat, weight, bias)
+    check_skip_rows(skip_rows, backend, hidden)
     if denominator is None:
         denominator = max(layout.n, 1)
     if not reduce and schedule == "streamed":
@@ -107,12 +109,12 @@ def linear_loss(
     elif any(needs) and reduce and schedule in ("auto", "streamed"):
         largest = int(layout.group_rows().max(initial=1))
         bound = plan_for(
-            flat, weight, layout.n, needs, schedule, workspace, spec, backend, group_rows=largest,
-            gathered=not layout.every,
+            flat, weight, layout.n, needs, schedule, workspace, spec, backend, skip_rows=skip_rows,
+            group_rows=largest, gathered=not layout.every,
         )  # fmt: skip
         schedule, workspace = bound.schedule, bound.budget_bytes
     if bound is not None and schedule == "streamed":
-        job = _Job(loss_fn, layout, spec, denominator, needs, backend, bound, mean_logits)
+        job = _Job(loss_fn, layout, spec, denominator, needs, backend, bound, mean_logits, skip_rows)
         loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
         assert job.scored is not None
         scored = job.scored
@@ -123,6 +125,7 @@ def linear_loss(
             softcap=softcap, ignore_index=ignore_index, entropy=entropy, top1=top1, log_sum_sq_probs=log_sum_sq_probs,
             mean_logits=mean_logits, rows=layout.rows if index is None else index, backend=backend, schedule=schedule,
             workspace_mb=None if workspace is None else workspace / 2**20, accumulate_into=accumulate_into,
+            skip_rows=skip_rows,
         )  # fmt: skip
         everything = layout.everything()
         scored = out if index is None else _map(out, lambda t: t.index_select(0, index))
@@ -156,6 +159,7 @@ class _Job:
     backend: str
     plan: Plan
     mean_logits: bool
+    skip_rows: str
     scored: LinearLogps | None = None
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tiles, Sinks]:
@@ -163,7 +167,7 @@ class _Job:
         layout = self.layout
         all_rows = layout.rows_on(hidden.device)
         backend = backends.resolve(self.backend, hidden)
-        tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, self.plan, backend)
+        tiles = Tiles(hidden, weight, bias, targets, all_rows, self.spec, self.plan, backend, self.skip_rows)
         sinks = make_sinks(tiles, self.needs, accumulate=True)
         states: list[R.RowState] = []
         total = torch.zeros((), dtype=tiles.wide, device=hidden.device)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastalign.ops import backends, devices, engine
+from fastalign.ops import backends, devices, engine, live
 from fastalign.ops import rows as R
 from fastalign.ops.arguments import scored_rows
 from fastalign.ops.gpu_call import Kernels, pitch
@@ -25,11 +25,14 @@ from fastalign.ops.uploads import on_device
 
 def plan_for(
     hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int | None,
-    spec: R.RowSpec, backend: str, *, group_rows: int | None = None, gathered: bool = True,
+    spec: R.RowSpec, backend: str, *, skip_rows: str = "auto", group_rows: int | None = None,
+    gathered: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan of a call on these tensors."""
     style = devices.gemm_style(hidden.device)
     kernels = None if style == "cpu" else _kernels(hidden, weight, backend)
+    if kernels is not None and skip_rows != "never" and live.served(backends.resolve(backend, hidden), hidden.device):
+        gathered = True  # live rows are
     return plan(
         n, weight.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=style,
         needs=(needs[0], needs[1], needs[2]), workspace_bytes=workspace, schedule=schedule, num_tokens=hidden.shape[0],
@@ -53,19 +56,20 @@ SAVED_ROWS = 6  # those of RowStats, and the reference of kept exponentials
 def _linear_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, every: bool,
     in_scale: float, out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool],
-    backend: str, schedule: str, kept_rows: int, workspace: int, overlay_dtype: torch.dtype | None, into: Tensor | None,
+    backend: str, schedule: str, kept_rows: int, workspace: int, skip_rows: str, overlay_dtype: torch.dtype | None,
+    into: Tensor | None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits; stats, rows, count, kept, frozen, overlaid)
 
-    every: all rows count, which the caller knows; then `rows` is None. into: for the backward.
+    every: all rows count, which the caller knows; then `rows` is None. skip_rows, into: for the backward.
     """
     known = (None, targets.shape[0]) if every else scored_rows(targets, rows, ignore_index, weight.shape[0])
     found = None if rows is not None else known[0]
     tiles = _bind(
         hidden, weight, bias, targets, rows, every, in_scale, out_scale, softcap, flags, needs, backend, schedule,
-        workspace, known,
+        workspace, skip_rows, known,
     )  # fmt: skip
     n, N = tiles.plan.n, targets.shape[0]
     scored = engine.forward(tiles, overlay_dtype)
@@ -114,7 +118,7 @@ def _linear_logps(
 def _bind(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, every: bool,
     in_scale: float, out_scale: float, softcap: bool, flags: list[bool], needs: list[bool], backend: str,
-    schedule: str, workspace: int, known: tuple[Tensor | None, int],
+    schedule: str, workspace: int, skip_rows: str, known: tuple[Tensor | None, int],
 ) -> Tiles:  # fmt: skip
     """The call as Tiles. known: the indices of the rows that count (None: all), and their number."""
     spec = R.RowSpec(
@@ -123,16 +127,19 @@ def _bind(
     )  # fmt: skip
     indices, n = known
     upper = targets.shape[0] if rows is None else n
-    bound = plan_for(hidden, weight, upper, needs, schedule, workspace, spec, backend, gathered=not every)
+    bound = plan_for(
+        hidden, weight, upper, needs, schedule, workspace, spec, backend, skip_rows=skip_rows, gathered=not every
+    )
     bound = replace(bound, n=n, kept_rows=min(bound.kept_rows, n), overlaid_rows=min(bound.overlaid_rows, n))
-    return Tiles(hidden, weight, bias, targets, indices, spec, bound, backends.resolve(backend, hidden))
+    return Tiles(hidden, weight, bias, targets, indices, spec, bound, backends.resolve(backend, hidden), skip_rows)
 
 
 @_linear_logps.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, every: bool,
     in_scale: float, out_scale: float, softcap: bool, ignore_index: int, flags: list[bool], needs: list[bool],
-    backend: str, schedule: str, kept_rows: int, workspace: int, overlay_dtype: torch.dtype | None, into: Tensor | None,
+    backend: str, schedule: str, kept_rows: int, workspace: int, skip_rows: str, overlay_dtype: torch.dtype | None,
+    into: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     N = targets.shape[0]
@@ -163,7 +170,7 @@ def _linear_logps_backward(
     found: Tensor, count: Tensor, kept: Tensor, frozen: Tensor, overlaid: Tensor, into: Tensor | None,
     grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, every: bool, in_scale: float,
     out_scale: float, softcap: bool, flags: list[bool], planned: list[bool], needs: list[bool], backend: str,
-    schedule: str, workspace: int,
+    schedule: str, workspace: int, skip_rows: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(hidden, weight, bias) gradients, empty where not needed; with `overlaid` weight's is left in there instead, with
     `into` it is added there."""
@@ -173,7 +180,7 @@ def _linear_logps_backward(
         indices = on_device(indices, targets.device)
     tiles = _bind(
         hidden, weight, bias, targets, rows, every, in_scale, out_scale, softcap, flags, planned, backend, schedule,
-        workspace, (indices, n),
+        workspace, skip_rows, (indices, n),
     )  # fmt: skip
     row_stats = R.RowStats(*stats[:5, :n])
 
@@ -190,7 +197,7 @@ def _linear_logps_backward(
         engine.frozen_backward(tiles, row_stats, frozen, a, c, grad_hidden)
         return grad_hidden, *absent[1:]
     if schedule == "frozen":  # D does not carry the entropy's gradient: compute the logits again
-        tiles.plan = plan_for(hidden, weight, n, needs, "deferred", workspace, tiles.spec, backend)
+        tiles.plan = plan_for(hidden, weight, n, needs, "deferred", workspace, tiles.spec, backend, skip_rows=skip_rows)
     coef = R.coefficients(row_stats, a, c, e)
     reuse = overlaid if overlaid.numel() else None
     sinks = make_sinks(tiles, needs, weight=reuse, into=into)
@@ -210,7 +217,7 @@ def _(
     found: Tensor, count: Tensor, kept: Tensor, frozen: Tensor, overlaid: Tensor, into: Tensor | None,
     grad_logps: Tensor | None, grad_lse: Tensor | None, grad_entropy: Tensor | None, every: bool, in_scale: float,
     out_scale: float, softcap: bool, flags: list[bool], planned: list[bool], needs: list[bool], backend: str,
-    schedule: str, workspace: int,
+    schedule: str, workspace: int, skip_rows: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -221,19 +228,19 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, rows, every, in_scale, out_scale, softcap, _, flags, needs, *how, into = inputs
-    backend, schedule, _, workspace, _ = how
+    backend, schedule, _, workspace, skip_rows, _ = how
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3], output[4], output[5], *output[6:])
     ctx.save_for_backward(hidden, weight, bias, targets, rows, *output[6:])
     ctx.settings = (every, in_scale, out_scale, softcap, flags, needs)
-    ctx.how = (backend, schedule, workspace)
+    ctx.how = (backend, schedule, workspace, skip_rows)
     ctx.overwritten = False
     ctx.into = into  # not a saved tensor: other calls may add to it before this one's backward
 
 
 def _backward(ctx, grad_logps, grad_lse, grad_entropy, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    nothing = (None,) * 15
+    nothing = (None,) * 16
     flags = ctx.settings[4]
     if not flags[0]:  # the absent entropy is an empty tensor, and so would be its gradient
         grad_entropy = None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fastalign.ops.devices import Device
 from fastalign.ops.plans import Needs
 
-SPLIT = 2048  # columns a program of the fused forward scores at least
-STATE_BYTES = 28  # per row and split: six float32 sums and an index
+SPLIT = 1024  # columns of a unit of the fused forward's work
+GATHER_BYTES = 2**24  # rows that it copies side by side at a time
 
 
 def pitch(columns: int) -> int:
@@ -21,12 +21,10 @@ class Kernels:
     """Which kernels that multiply and reduce in one can serve a call: its dtypes, its backend, its options.
 
     forward: statistics without logits in memory. exponentials: those, and exp(z − reference) of each logit in 16 bits.
-    gradient: ∂L/∂u of a slab from hidden and weight, in 16 bits.
     """
 
     forward: bool = False
     exponentials: bool = False
-    gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +36,7 @@ class Call:
     bf16: hidden is bfloat16, whose range holds exponentials relative to any reference
     cacheable: exponentials can serve the backward (no softcap, no entropy)
     gathered: the rows that count have to be copied together
+    sums: float32 numbers that the fused forward keeps for a row and split: max, Σ exp and those asked for
     piece_rows: of hidden's gradient, where one GEMM over the whole vocabulary writes them to float32 scratch
     """
 
@@ -54,6 +53,7 @@ class Call:
     tokens: int
     device: Device
     kernels: Kernels
+    sums: int = 2
     piece_rows: int = 0
 
     @property
@@ -81,9 +81,9 @@ class Call:
         return self.H * (self.size * self.rounds + 4 * (self.size == 2 and not self.bf16 and self.needs[1]))
 
     @property
-    def slab_element(self) -> int:
-        """Bytes of a logit of a slab whose gradient is being taken."""
-        return self.size if self.kernels.gradient else 4
+    def fused_bytes(self) -> int:
+        """What the fused forward takes: the sums of each split of the vocabulary, and some rows side by side."""
+        return 4 * self.sums * self.n * -(-self.V // SPLIT) + self.gathered * min(GATHER_BYTES, self.n * self.H * 2)
 
     @property
     def accumulator(self) -> int:

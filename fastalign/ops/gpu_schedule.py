@@ -8,8 +8,7 @@ narrow slabs can win only where hidden needs no gradient; `_best_slab` adds it u
 
 What stands in memory, by path, for n rows (pitch: V rounded up to 16-byte rows; e: bytes of hidden's dtype):
 
-    slab by slab     n·H·(e + 4) + n·slab·4      gathered rows, float32 gradient of hidden, float32 logits; a gradient
-                                                 kernel writes the slab's gradient at once, in e bytes instead of 4
+    slab by slab     n·H·(e + 4) + n·slab·4      gathered rows, float32 gradient of hidden, float32 logits
     exponentials     n·H·e + n·pitch·2           exp(z − reference) is multiplied as it lies, between scaled rows
     logits           n·H·e + n·pitch·4           their gradient is written over them
 
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastalign.ops.gpu_call import SPLIT, STATE_BYTES, Call, Kernels, pitch
+from fastalign.ops.gpu_call import Call, Kernels, pitch
 from fastalign.ops.plans import Plan, accumulators, choose
 from fastalign.ops.tile_sizes import ROW_ALIGN, align
 from fastalign.ops.timing import Sum, add_forward, add_slab, timing, whole_seconds
@@ -102,13 +101,8 @@ def _deferred(call: Call, budget: int, room: int, reason: str) -> Plan:
 
 def _forward(call: Call, budget: int, reason: str) -> Plan:
     if call.kernels.forward:
-        return _plan(call, budget, "forward", reason, align(call.n), call.V, state_bytes(call), gemms=1, fused=True)
+        return _plan(call, budget, "forward", reason, align(call.n), call.V, call.fused_bytes, gemms=1, fused=True)
     return _plan(call, budget, "forward", reason, *_slab_sizes(replace(call, kernels=Kernels()), budget), gemms=1)
-
-
-def state_bytes(call: Call) -> int:
-    """What the fused forward leaves of each split of the vocabulary before it adds them up."""
-    return STATE_BYTES * call.n * -(-call.V // SPLIT)
 
 
 def _slabs(call: Call, budget: int, name: str, reason: str, *, overlaid: int = 0) -> Plan:
@@ -116,7 +110,7 @@ def _slabs(call: Call, budget: int, name: str, reason: str, *, overlaid: int = 0
     rows, slab, workspace = _slab_sizes(call, budget)
     overlaid = min(overlaid, rows, call.n)
     return _plan(
-        call, budget, name, reason, rows, slab, max(workspace, state_bytes(call) * call.kernels.forward),
+        call, budget, name, reason, rows, slab, max(workspace, call.fused_bytes * call.kernels.forward),
         gemms=_gemms(call, overlaid), overlaid=overlaid, several=call.n > rows,
         fused=call.kernels.forward and not overlaid,
     )  # fmt: skip
@@ -134,7 +128,7 @@ def _kept(call: Call, budget: int, kept: int, reason: str) -> Plan | None:
     if room <= 0 or not kept or (call.size == 2 and not call.exponentials):
         return None
     fused = call.scalable and call.kernels.exponentials  # relative to a reference that row_grad does not know
-    workspace = state_bytes(call) if fused else 0
+    workspace = call.fused_bytes if fused else 0
     if call.exponentials and not fused:
         row = pitch(call.V) * 4 + call.H * call.size
         transit = min(TRANSIT_ROWS, align(kept), room // row // ROW_ALIGN * ROW_ALIGN)
@@ -143,8 +137,7 @@ def _kept(call: Call, budget: int, kept: int, reason: str) -> Plan | None:
         workspace = transit * row
     rows, slab, beside = align(kept), call.V, align(kept) * call.H * call.size + call.piece_bytes
     if rest or not call.scalable:
-        slower = replace(call, n=rest or kept, kernels=replace(call.kernels, gradient=bool(rest)))
-        rows, slab, slabs = _slab_sizes(slower, room)
+        rows, slab, slabs = _slab_sizes(replace(call, n=rest or kept), room)
         if rows < kept and not call.scalable:
             return None
         beside = max(beside if call.scalable else 0, slabs)
@@ -229,14 +222,14 @@ def _slab_sizes(call: Call, budget: int) -> tuple[int, int, int]:
     narrowest = min(COLUMNS, pitch(call.V))
 
     def widest(rows: int) -> int:
-        return (budget - rows * per_row) // (column + rows * call.slab_element)
+        return (budget - rows * per_row) // (column + rows * 4)
 
     rows = align(call.n) if call.n else ROW_ALIGN
     if widest(rows) < narrowest:
-        most = (budget // 2 - narrowest * column) // (per_row + narrowest * call.slab_element)
+        most = (budget // 2 - narrowest * column) // (per_row + narrowest * 4)
         rows = _even_rows(call, max(ROW_ALIGN, most // ROW_ALIGN * ROW_ALIGN))
     slab = _best_slab(call, rows, max(widest(rows), narrowest))
-    return rows, slab, rows * per_row + pitch(slab) * rows * call.slab_element + slab * column
+    return rows, slab, rows * per_row + pitch(slab) * rows * 4 + slab * column
 
 
 def _best_slab(call: Call, rows: int, widest: int) -> int:

@@ -41,7 +41,7 @@ def plan(
     needs: tuple[bool, bool, bool] = (True, True, False), group_rows: int | None = None,
     workspace_bytes: int | None = None, schedule: str = "auto", weight_dtype: torch.dtype | None = None,
     num_tokens: int | None = None, cacheable: bool = True, arch: str = "sm_90", kernels: Kernels | None = None,
-    gathered: bool = True,
+    gathered: bool = True, sums: int = 2,
 ) -> Plan:  # fmt: skip
     """Choose the schedule for n scored rows.
 
@@ -57,8 +57,9 @@ def plan(
             a quarter of what the logits would take (half, on an accelerator).
         schedule: "auto", or one of SCHEDULES to force it.
         cacheable: False where kept exponentials cannot serve (16-bit with softcap or entropy).
-        arch, kernels, gathered: of an accelerator: its architecture (`devices.DEVICES`), what its GEMM kernels can do
-            for these tensors (None: nothing), and whether the rows that count have to be copied together.
+        arch, kernels, gathered, sums: of an accelerator: its architecture (`devices.DEVICES`), what its GEMM kernels
+            can do for these tensors (None: nothing), whether the rows that count have to be copied together, and the
+            numbers that the fused forward sums up for a row.
     Raises:
         ValueError: an unknown schedule, or one that cannot serve these needs.
     """
@@ -73,7 +74,7 @@ def plan(
         call = Call(
             n, H, V, size, weight_size, rounds=weight_dtype != dtype, bf16=dtype == torch.bfloat16,
             cacheable=cacheable, gathered=gathered, needs=needs, tokens=n if num_tokens is None else num_tokens,
-            device=device_of(arch), kernels=Kernels() if kernels is None else kernels,
+            device=device_of(arch), kernels=Kernels() if kernels is None else kernels, sums=sums,
         )  # fmt: skip
         polite = workspace_bytes is None and schedule == "auto"
         return gpu_plan(call, budget, schedule=schedule, group_rows=group_rows, polite=polite)

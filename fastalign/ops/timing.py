@@ -43,11 +43,8 @@ def add_slab(total: Sum, call: Call, rows: int, slab: int, *, again: int | None 
     """A slab's backward: logits (of `again` rows, None: all), their gradient, and the two gradients from it."""
     device, logits = call.device, rows * slab
     again = rows if again is None else again
-    if call.kernels.gradient and again == rows:
-        total.add(device.gemm(rows, slab, call.H) + device.epilogue * logits, times=times)
-    else:
-        grad = device.traffic((4 + call.size) * logits, resident=4 * logits if again else None)
-        total.add(device.gemm(again, slab, call.H), grad, times=times)
+    grad = device.traffic((4 + call.size) * logits, resident=4 * logits if again else None)
+    total.add(device.gemm(again, slab, call.H), grad, times=times)
     add_gradients(total, call, rows, slab, times=times)
 
 

@@ -214,7 +214,9 @@ def _scans(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
     packed = torch.randn(int(cu_seqlens[-1]), device=device, generator=g)
     tokens = packed.numel()
     index = torch.repeat_interleave(torch.arange(B), lengths).to(device)
-    calls["sums, fastalign"] = (lambda: sequence_logps(packed, cu_seqlens=cu_seqlens), 4.0 * tokens)
+    cu_seqlens = cu_seqlens.to(device, torch.int64)
+    for name in (name for name in backends(device) if name in ("torch", "triton")):
+        calls[f"sums, {name}"] = (partial(sequence_logps, packed, cu_seqlens=cu_seqlens, backend=name), 4.0 * tokens)
     calls["sums, torch index_add"] = (
         lambda: torch.zeros(B, device=device).index_add_(0, index, packed), 12.0 * tokens
     )  # fmt: skip

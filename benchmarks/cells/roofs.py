@@ -122,25 +122,30 @@ def _forward(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
 
 def _live(s: dict[str, Any]) -> tuple[Calls, tuple[Any, float]]:
     """Products of hidden's and the weight's gradient, over all rows, three quarters, half and a quarter of them."""
-    from fastalign.ops.backends import architecture
-    from fastalign.ops.live import LiveRows
+    from fastalign.kernels.live_gemm import depth_matmul, rows_matmul
+    from fastalign.kernels.live_rows import PAD, gather_rows
+
+    from fastalign.ops.backends import architecture, multiprocessors
 
     n, h, v = s["shape"]
     options: dict[str, Any] = {"device": s["device"], "dtype": getattr(torch, s["dtype"])}
     grad, weight, hidden = (torch.randn(size, **options) for size in ((n, v), (v, h), (n, h)))
     device = grad.device
     out, wide = torch.empty(n, h, device=device), torch.empty(v, h, device=device)
+    on = {"arch": architecture(device), "programs": multiprocessors(device)}
     calls: Calls = {}
     for share in (1.0, 0.75, 0.5, 0.25):
         order = torch.randperm(n, device=device)
         m = round(share * n)
         index = torch.cat([order[:m].sort().values, order[m:].sort().values])
-        count = torch.full((1,), m, dtype=torch.int32, device=device)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        live, flop = LiveRows(index, count, architecture(device), processors), 2.0 * m * h * v
-        front = live.in_front(hidden, lambda rows: torch.empty(rows, h, **options))
-        calls[f"hidden's gradient, {share:.0%} of the rows"] = (partial(live.rows, out, grad, weight), flop)
-        calls[f"weight's gradient, {share:.0%} of the rows"] = (partial(live.add_depth, wide, grad, front), flop)
+        count, flop = torch.full((1,), m, dtype=torch.int32, device=device), 2.0 * m * h * v
+        front = torch.empty(-(-n // PAD) * PAD, h, **options)
+        gather_rows(hidden, index, count, front)
+        rows = partial(rows_matmul, grad, weight, count, out, index=index, out_index=index, **on)
+        calls[f"hidden's gradient, {share:.0%} of the rows"] = (rows, flop)
+        calls[f"weight's gradient, {share:.0%} of the rows"] = (
+            partial(depth_matmul, grad, front, count, wide, index=index, **on), flop
+        )  # fmt: skip
     flop = 2.0 * n * h * v
     calls["torch.mm, weight's gradient"] = (partial(torch.mm, grad.T, hidden, out_dtype=torch.float32, out=wide), flop)
     return calls, (partial(torch.mm, grad, weight, out_dtype=torch.float32, out=out), flop)

@@ -176,7 +176,8 @@ def _whole(call: Call, budget: int, name: str, reason: str, group_rows: int | No
     """Frozen and streamed: tiles over the whole vocabulary, of whole groups, and equal where there are several."""
     slab = call.V
     if call.column_bytes:
-        slab = min(slab, max(COLUMNS, budget // 4 // call.column_bytes // COLUMNS * COLUMNS))
+        spare = min(budget // 4, budget - ROW_ALIGN * (pitch(call.V) * 4 + call.row_bytes))  # beside the smallest tile
+        slab = min(slab, max(COLUMNS, spare // call.column_bytes // COLUMNS * COLUMNS))
     beside = slab * call.column_bytes + (call.piece_bytes if slab == call.V else 0)
     room = max(budget - beside, 1)
 
@@ -189,9 +190,9 @@ def _whole(call: Call, budget: int, name: str, reason: str, group_rows: int | No
     if exponentials:
         per_row = scaled
     overlaid, memory = 0, max(4, call.weight_size) if call.needs[1] else 0
-    if memory and group_rows is not None and group_rows > most(per_row):
-        slab = min(slab, 8192)
-        per_row = pitch(call.V) * 4 + call.row_bytes + slab * 4  # the first tile of a group is overlaid, beside scratch
+    beside_slab = pitch(call.V) * 4 + call.row_bytes + min(slab, 8192) * 4  # a group that fills several tiles
+    if memory and group_rows is not None and group_rows > most(per_row) and room // beside_slab >= ROW_ALIGN:
+        slab, per_row = min(slab, 8192), beside_slab  # overlays the first, with a slab of scratch beside it
         overlaid = min(call.n, most(per_row), call.H * memory // 4 // ROW_ALIGN * ROW_ALIGN)
     rows = _even_rows(call, most(per_row), exponentials=exponentials)
     return _plan(

@@ -170,16 +170,18 @@ def draw(folder: Path, say: Callable[[str], None]) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     cells = chosen(options)
+    scratch = options.results or harness.ROOT.parent / "build/suite"  # what compilers say is no result
     if options.results is None:
-        options.results = harness.ROOT.parent / "build/suite" if options.small else harness.ROOT / "results"
-    options.results.mkdir(parents=True, exist_ok=True)
+        options.results = scratch if options.small else harness.ROOT / "results"
+    for folder in (scratch, options.results):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         here = options.device == "cpu" or torch.cuda.is_available()
         folder = options.results / harness.device_name(options.device) if here else Path("nowhere")
         finished = set() if options.fresh else Store(folder, same_code=not options.keep).finished()
         print("\n".join(listing([cell for cell in cells if cell.name not in finished])))
         return 0
-    worker = Worker(options.device, threads=options.threads, log=options.results / "suite.log")
+    worker = Worker(options.device, threads=options.threads, log=scratch / "suite.log")
     try:
         return run(options, cells, worker)
     except KeyboardInterrupt:

@@ -267,3 +267,23 @@ def test_bad_option(make_problem):
     problem = make_problem(n=8)
     with pytest.raises(ValueError, match=r"skip_rows must be one of .*'sometimes'"):
         linear_logps(problem.hidden, problem.weight, problem.targets, skip_rows="sometimes")
+
+
+@pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("schedule", ["deferred", "streamed"])
+def test_triton_kernels(gpu_tiles, make_problem, schedule):
+    """The kernels themselves in their place, interpreted: the gradients of a step without skipping."""
+    problem = make_problem(n=40, H=24, V=67, dtype=torch.bfloat16, bias=False)
+    chosen = torch.arange(40) % 3 == 0
+
+    def gradients(skip_rows):
+        loss = linear_loss(
+            lambda s, cu, chosen: s.logps * chosen, problem.hidden, problem.weight, problem.targets, groups="tokens",
+            inputs={"chosen": chosen.float()}, schedule=schedule, backend="triton", skip_rows=skip_rows,
+        ).loss  # fmt: skip
+        return torch.autograd.grad(loss, problem.leaves)
+
+    found = gradients("always")
+    assert not found[0][~chosen].any()
+    for mine, true in zip(found, gradients("never"), strict=True):
+        torch.testing.assert_close(mine, true, rtol=2e-2, atol=2e-2 * true.abs().max().item())

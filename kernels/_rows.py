@@ -32,9 +32,9 @@ def row_state(
         ahead = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv)
         for start in range(0, whole, BLOCK):
             u = ahead.to(tl.float32)
-            # the last block is asked for twice, so that the loads need no mask
-            after = tl.multiple_of(tl.minimum(start + BLOCK, whole - BLOCK), BLOCK)
-            ahead = tl.load(tile_ptr + (after + cols).to(tl.int64) * stride_tv)
+            after = start + BLOCK
+            more = tl.zeros_like(cols) < whole - after  # one condition for all: accesses stay 16 bytes wide
+            ahead = tl.load(tile_ptr + (after + cols).to(tl.int64) * stride_tv, mask=more)
             bias = None
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + (start + cols).to(tl.int64) * stride_b).to(tl.float32)
@@ -90,8 +90,9 @@ def write_gradient(
         ahead = tl.load(tile_ptr + lanes.to(tl.int64) * stride_tv)
         for start in range(0, whole, BLOCK):
             u = ahead.to(tl.float32)
-            after = tl.multiple_of(tl.minimum(start + BLOCK, whole - BLOCK), BLOCK)
-            ahead = tl.load(tile_ptr + (after + lanes).to(tl.int64) * stride_tv)
+            after = start + BLOCK
+            more = tl.zeros_like(lanes) < whole - after
+            ahead = tl.load(tile_ptr + (after + lanes).to(tl.int64) * stride_tv, mask=more)
             cols = (start + lanes).to(tl.int64)
             if bias_ptr is not None:
                 u += tl.load(bias_ptr + cols * stride_b).to(tl.float32)

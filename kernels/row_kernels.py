@@ -12,11 +12,11 @@ Work per logit, instructions counted in the main loops that Triton 3.9 makes for
 131072 logits on an H200 (132 multiprocessors at 1.75 GHz: 128 instructions or 16 exp a clock each; 4.3 TB/s):
 
     kernel                        bytes             instructions   exp    memory     issue     exp
-    row_stats                     4 read            9.6            1      1.0 ms     0.35 ms   0.29 ms
+    row_stats                     4 read            10.2           1      1.0 ms     0.37 ms   0.29 ms
       + entropy, or top-1, or Σp² 4 read            12 to 13       1      1.0 ms     0.47 ms   0.29 ms
       with a softcap              4 read            33             3      1.0 ms     1.2 ms    0.9 ms
-    row_grad in 16 bits           4 read, 2 written 10.6           1      1.5 ms     0.38 ms   0.29 ms
-    row_grad in float32           4 read, 4 written 11.2           1      2.0 ms     0.4 ms    0.29 ms
+    row_grad in 16 bits           4 read, 2 written 10.3           1      1.5 ms     0.37 ms   0.29 ms
+    row_grad in float32           4 read, 4 written 11.1           1      2.0 ms     0.4 ms    0.29 ms
     row_grad, EXP_TILE            2 read, 2 written 4.6            0      1.0 ms     0.17 ms
     row_exp                       4 read, 2 written 8.6            1      1.5 ms     0.31 ms   0.29 ms
 

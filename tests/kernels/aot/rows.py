@@ -84,4 +84,4 @@ def _loss_grad() -> Iterator[Case]:
         constants = dict.fromkeys(none, True) | narrow
         given = pointers | every | {"out_ptr": out}
         # With everything on, 1024 threads have a few registers too few; in loops over 10 bytes a logit it does not show.
-        yield Case("row_loss_grad", f"{out} bias+all", given, constants, unit=UNIT, max_stack=96)
+        yield Case("row_loss_grad", f"{out} bias+all", given, constants, unit=UNIT, max_stack=128)

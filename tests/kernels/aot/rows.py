@@ -83,5 +83,5 @@ def _loss_grad() -> Iterator[Case]:
         yield Case("row_loss_grad", out, pointers | {"out_ptr": out}, none | narrow, unit=UNIT)
         constants = dict.fromkeys(none, True) | narrow
         given = pointers | every | {"out_ptr": out}
-        # With everything on, 1024 threads have a few registers too few; in loops over 10 bytes a logit it does not show.
+        # With everything on, 1024 threads have a few registers too few; loops over 10 bytes a logit do not show it.
         yield Case("row_loss_grad", f"{out} bias+all", given, constants, unit=UNIT, max_stack=128)

@@ -68,12 +68,12 @@ def row_loss_grad(
     bias = None if bias is None else bias.float().contiguous()
     targets, grad_logps = targets.contiguous(), grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    _cuda.row_loss_grad(
-        tile.data_ptr(), tile.stride(0), n, v, in_scale, out_scale, softcap, _address(bias), targets.data_ptr(),
-        values.data_ptr(), _address(argmax), grad_logps.data_ptr(), _address(grad_entropy), out.data_ptr(),
-        out.stride(0), _ELEMENTS[out.dtype], sums, tile.device.index,
-        torch.cuda.current_stream(tile.device).cuda_stream,
-    )  # fmt: skip
+    with torch.cuda.device_of(tile):
+        _cuda.row_loss_grad(
+            tile.data_ptr(), tile.stride(0), n, v, in_scale, out_scale, softcap, _address(bias), targets.data_ptr(),
+            values.data_ptr(), _address(argmax), grad_logps.data_ptr(), _address(grad_entropy), out.data_ptr(),
+            out.stride(0), _ELEMENTS[out.dtype], sums, torch.cuda.current_stream(tile.device).cuda_stream,
+        )  # fmt: skip
 
 
 def _address(tensor: Tensor | None) -> int:

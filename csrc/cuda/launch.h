@@ -5,8 +5,9 @@
 
 namespace fastalign {
 
-// Each returns null, or what went wrong. `device`: ordinal, whose primary context is used; `stream`: a CUstream of it.
+// Each returns null, or what went wrong. The launch goes to `stream`, a CUstream of the calling thread's current context:
+// this runtime is linked in beside the caller's, and the two share a context only if nobody but the caller sets it.
 const char* why_not(int device);
-const char* row_loss_grad(const RowLossGrad& a, Element out, bool softcap, bool sums, int device, void* stream);
+const char* row_loss_grad(const RowLossGrad& a, Element out, bool softcap, bool sums, void* stream);
 
 }  // namespace fastalign

@@ -41,16 +41,13 @@ bool multiple(const void* p, int64_t stride_bytes, int64_t bytes) {
 
 }  // namespace
 
-const char* row_loss_grad(const RowLossGrad& a, Element out, bool softcap, bool sums, int device, void* stream) {
+const char* row_loss_grad(const RowLossGrad& a, Element out, bool softcap, bool sums, void* stream) {
   const int64_t element = out == Element::float32 ? 4 : 2;
   const bool aligned = multiple(a.tile, 4 * a.tile_stride, 16) && multiple(a.out, element * a.out_stride, 4 * element);
   const ClusterShape shape = cluster_shape(a.v);
   const Kernel kernel = instance(out, softcap, sums);
-  int current = -1;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(SHARED_LIMIT));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(SHARED_LIMIT));
   if (error == cudaSuccess) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -63,7 +60,6 @@ const char* row_loss_grad(const RowLossGrad& a, Element out, bool softcap, bool 
     config.attrs = &cluster, config.numAttrs = 1;
     error = cudaLaunchKernelEx(&config, kernel, a, shape, aligned);
   }
-  if (current != -1 && current != device) cudaSetDevice(current);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

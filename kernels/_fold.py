@@ -19,6 +19,11 @@ break that: contraction is off.) Columns past the vocabulary, and targets, are l
 any: both branches are the same for all threads.
 
 The first argmax is that of r: unlike z, r is not rounded by a multiplication that could make two of them equal.
+
+A tile can be kept: exp(z − reference) of each logit in 16 bits, for a reference that is known before. It is the
+exponential that the sums are made of times 2^(unit·m − reference), one factor a row: a multiplication, a conversion and
+half a store a logit, and no second exponential. Where m exceeds the reference by more than KEPT_REACH the factor stays
+at that, so that nothing overflows; such rows are wrong and have to be done again.
 """
 
 import triton
@@ -27,6 +32,7 @@ import triton.language as tl
 from ._online import INT32_MAX, NEG_INF, tanh_and_slope
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+KEPT_REACH = tl.constexpr(60.0)  # nats
 
 
 @triton.jit
@@ -39,25 +45,29 @@ def start_state(BLOCK: tl.constexpr):
 @triton.jit
 def fold_tile(
     m, s, ent, sq, sz, arg, acc, first, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale, unit,
+    keep, row, reference2,
     SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
     SUM_Z: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Fold head outputs acc (R, C), columns from `first` on, in PARTS pieces from left to right.
 
     Rows whose target is among the columns get z_y stored at target_ptrs, where `stored` allows it.
+    keep: where the tile is kept, if not None: pointers (R,) to column 0 of its rows; or, where `row` is the number
+    of the first of them, a descriptor of all. reference2 (R,): their references times log₂e.
     """
     end = first + acc.shape[1]
     hit = tl.max(((target >= first) & (target < end)).to(tl.int32), axis=0) > 0
     rare = hit | (end > vocab)
     return _fold_parts(
         m, s, ent, sq, sz, arg, acc, rare, first, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale,
-        unit, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
+        unit, keep, row, reference2, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
     )  # fmt: skip
 
 
 @triton.jit
 def _fold_parts(
     m, s, ent, sq, sz, arg, acc, rare, first, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale, unit,
+    keep, row, reference2,
     SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
     SUM_Z: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -67,11 +77,11 @@ def _fold_parts(
         left, right = tl.split(tl.permute(tl.reshape(acc, [acc.shape[0], 2, HALF]), [0, 2, 1]))
         m, s, ent, sq, sz, arg = _fold_parts(
             m, s, ent, sq, sz, arg, left, rare, first, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale,
-            unit, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS // 2,
+            unit, keep, row, reference2, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS // 2,
         )  # fmt: skip
         m, s, ent, sq, sz, arg = _fold_parts(
             m, s, ent, sq, sz, arg, right, rare, first + HALF, vocab, target, target_ptrs, stored, bias_ptr, stride_b,
-            in_scale, unit, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS // 2,
+            in_scale, unit, keep, row, reference2, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS // 2,
         )  # fmt: skip
     else:
         cols = first + tl.arange(0, acc.shape[1])
@@ -83,7 +93,14 @@ def _fold_parts(
             here = (target >= first) & (target < tl.minimum(first + acc.shape[1], vocab))
             picked = tl.sum(tl.where(cols[None, :] == target[:, None], r, 0.0), axis=1)
             tl.store(target_ptrs, picked * unit, mask=here & stored)
-        m, s, ent, sq, arg = _fold(m, s, ent, sq, arg, r, cols, unit * LOG2_E, ENTROPY, TOP1, SUM_SQ)
+        m, s, ent, sq, arg, e, ref = _fold(m, s, ent, sq, arg, r, cols, unit * LOG2_E, ENTROPY, TOP1, SUM_SQ)
+        if keep is not None:
+            factor = tl.exp2(tl.minimum(ref * (unit * LOG2_E) - reference2, KEPT_REACH * LOG2_E))
+            kept = (e * factor[:, None]).to(tl.bfloat16)
+            if row is not None:
+                keep.store([row, first], kept)  # what lies outside is not written
+            else:
+                tl.store(keep[:, None] + cols[None, :], kept, mask=stored[:, None] & (cols < vocab)[None, :])
     return m, s, ent, sq, sz, arg
 
 
@@ -118,7 +135,7 @@ def _fold(m, s, ent, sq, arg, r, cols, unit2, ENTROPY: tl.constexpr, TOP1: tl.co
     if SUM_SQ:
         sq = sq * a * a + tl.sum(e * e, axis=1)
     s = s * a + tl.sum(e, axis=1)
-    return top, s, ent, sq, arg
+    return top, s, ent, sq, arg, e, ref
 
 
 @triton.jit

@@ -13,13 +13,14 @@ ignore it, fail, or compile to an empty kernel, depending on tile and number of 
 import triton
 import triton.language as tl
 
-from ._fold import fold_tile, start_state, store_partial
+from ._fold import LOG2_E, fold_tile, start_state, store_partial
 from ._fused_pointers import block_and_split
 
 
 @triton.jit(do_not_specialize=["n", "stride_v", "num_splits"])
 def _fused_persistent_kernel(
-    hidden_desc, weight_desc, bias_ptr, targets_ptr, partial_values_ptr, partial_argmax_ptr, values_ptr,
+    hidden_desc, weight_desc, bias_ptr, targets_ptr, partial_values_ptr, partial_argmax_ptr, values_ptr, keep_desc,
+    reference_ptr,
     n, stride_v, hidden_size, vocab, num_splits, stride_b, in_scale: tl.float32, unit: tl.float32,
     SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
     SUM_Z: tl.constexpr, STATE_ROWS: tl.constexpr, WIDEN: tl.constexpr,
@@ -33,6 +34,9 @@ def _fused_persistent_kernel(
         stored = offs_n < n
         target = tl.load(targets_ptr + tl.minimum(offs_n, n - 1)).to(tl.int32)
         target_ptrs = values_ptr + 2 * tl.cast(stride_v, tl.int64) + offs_n
+        reference2 = None
+        if keep_desc is not None:
+            reference2 = tl.load(reference_ptr + tl.minimum(offs_n, n - 1)) * LOG2_E
 
         m, s, ent, sq, sz, arg = start_state(BLOCK_N)
         for start in range(split * SPLIT_V, tl.minimum((split + 1) * SPLIT_V, vocab), BLOCK_V):
@@ -45,7 +49,7 @@ def _fused_persistent_kernel(
                 acc = tl.dot(a, b.T, acc, input_precision="ieee")
             m, s, ent, sq, sz, arg = fold_tile(
                 m, s, ent, sq, sz, arg, acc, start, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale,
-                unit, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
+                unit, keep_desc, block * BLOCK_N, reference2, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
             )  # fmt: skip
 
         partials = partial_values_ptr + split.to(tl.int64) * (STATE_ROWS * pitch) + offs_n

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._fold import fold_tile, start_state, store_partial
+from ._fold import LOG2_E, fold_tile, start_state, store_partial
 
 
 @triton.jit
@@ -17,11 +17,11 @@ def block_and_split(unit, n, num_splits, BLOCK_N: tl.constexpr, GROUP_N: tl.cons
     return group * GROUP_N + within % blocks, within // blocks
 
 
-@triton.jit(do_not_specialize=["n", "stride_v", "num_splits"])
+@triton.jit(do_not_specialize=["n", "stride_v", "num_splits", "stride_k"])
 def _fused_forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr, rows_ptr, partial_values_ptr, partial_argmax_ptr, values_ptr,
-    n, stride_v, hidden_size, vocab, num_splits, stride_hn, stride_hh, stride_wv, stride_wh, stride_b,
-    in_scale: tl.float32, unit: tl.float32,
+    keep_ptr, reference_ptr, n, stride_v, hidden_size, vocab, num_splits, stride_hn, stride_hh, stride_wv, stride_wh,
+    stride_b, stride_k, in_scale: tl.float32, unit: tl.float32,
     SOFTCAP: tl.constexpr, SCALE_FIRST: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
     SUM_Z: tl.constexpr, STATE_ROWS: tl.constexpr, EVEN_H: tl.constexpr, WIDEN: tl.constexpr,
     SPLIT_V: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -37,6 +37,10 @@ def _fused_forward_kernel(
         safe_n = tl.load(rows_ptr + safe_n)
     hidden_rows = hidden_ptr + safe_n[:, None] * stride_hn
     target_ptrs = values_ptr + 2 * tl.cast(stride_v, tl.int64) + offs_n
+    keep_ptrs, reference2 = None, None
+    if keep_ptr is not None:
+        keep_ptrs = keep_ptr + offs_n.to(tl.int64) * stride_k
+        reference2 = tl.load(reference_ptr + tl.minimum(offs_n, n - 1)) * LOG2_E
 
     m, s, ent, sq, sz, arg = start_state(BLOCK_N)
     for start in range(split * SPLIT_V, tl.minimum((split + 1) * SPLIT_V, vocab), BLOCK_V):
@@ -58,7 +62,7 @@ def _fused_forward_kernel(
             weight_ptrs += BLOCK_H * stride_wh
         m, s, ent, sq, sz, arg = fold_tile(
             m, s, ent, sq, sz, arg, acc, start, vocab, target, target_ptrs, stored, bias_ptr, stride_b, in_scale, unit,
-            SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
+            keep_ptrs, None, reference2, SOFTCAP, SCALE_FIRST, ENTROPY, TOP1, SUM_SQ, SUM_Z, PARTS,
         )  # fmt: skip
 
     pitch = tl.cast(n, tl.int64)

@@ -29,7 +29,7 @@ aligned to 16 bytes); `_fused_pointers` everything else.
 Triton's interpreter would multiply the bit patterns of bfloat16: there, and only there, WIDEN makes them float32 first.
 """
 
-import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +74,10 @@ def fused_logps_fwd(
     sum_z: bool = False,
     *,
     arch: str,  # "sm_90", "gfx942", …: which tiles to take
+    programs: int = 132,  # how many multiprocessors there are; no result depends on it
     tiles: FusedTiles | None = None,  # overrides the choice for `arch`
+    keep: Tensor | None = None,  # (n, V) bfloat16, column stride 1, gets exp(z − reference): `fused_exponentials`
+    reference: Tensor | None = None,  # (n,) float32, with keep
 ) -> tuple[Tensor, Tensor]:
     """State of each scored row over the whole vocabulary.
 
@@ -94,6 +97,8 @@ def fused_logps_fwd(
         tiles = fused_tiles(arch, hidden.dtype, aligned=describable(hidden) and describable(weight))
         if not tiles.persistent and not (_provable(hidden) and _provable(weight)):
             tiles = fused_tiles(arch, hidden.dtype, aligned=False)
+    if keep is not None:
+        tiles = keeping(tiles)
     flags = {"SOFTCAP": softcap, "ENTROPY": entropy, "TOP1": top1, "SUM_SQ": sum_sq, "SUM_Z": sum_z}
     scales = float(in_scale), float(out_scale)
     step = n
@@ -108,8 +113,15 @@ def fused_logps_fwd(
         else:
             given = hidden
         outputs = values[:, part], argmax[part] if top1 else None
-        _fuse(given, weight, bias, targets[part].contiguous(), picked, *outputs, scales, flags, tiles)
+        kept = None if keep is None or reference is None else (keep[part], reference[part])
+        _fuse(given, weight, bias, targets[part].contiguous(), picked, *outputs, scales, flags, tiles, programs, kept)
     return values, argmax
+
+
+def keeping(tiles: FusedTiles) -> FusedTiles:
+    """Tiles of a launch that keeps exponentials: where pointers to them take registers, smaller pieces, whose sums are
+    added in another order. Through a descriptor, results are those of a launch that keeps nothing."""
+    return tiles if tiles.persistent or tiles.parts == 1 else replace(tiles, parts=2 * tiles.parts)
 
 
 def _provable(matrix: Tensor) -> bool:
@@ -125,9 +137,13 @@ def describable(matrix: Tensor) -> bool:
 
 def _fuse(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, values: Tensor,
-    argmax: Tensor | None, scales: tuple[float, float], flags: dict[str, bool], tiles: FusedTiles,
+    argmax: Tensor | None, scales: tuple[float, float], flags: dict[str, bool], tiles: FusedTiles, programs: int,
+    keep: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """One launch for each of the two kernels; values (6, n) has any row stride."""
+    """One launch for each of the two kernels; values (6, n) has any row stride.
+
+    keep: exp(z − reference) goes to the first, (n, V) bfloat16 with a column stride of 1; the reference is the second.
+    """
     n, (vocab, hidden_size) = targets.shape[0], weight.shape
     in_scale, out_scale = scales
     scale_first = not flags["SOFTCAP"] and in_scale <= 0
@@ -146,18 +162,21 @@ def _fuse(
         "WIDEN": not isinstance(_fused_forward_kernel, triton.JITFunction), **outputs, **sizes, **options,
     }  # fmt: skip
     stride_b = 0 if bias is None else bias.stride(0)
+    kept, reference = (None, None) if keep is None else keep
+    stride_k = 0 if kept is None else kept.stride(0)
     with torch.cuda.device_of(hidden):
         if tiles.persistent:
-            _fused_persistent_kernel[(min(work, _processors(hidden.device)),)](
+            _fused_persistent_kernel[(min(work, programs),)](
                 _descriptor(hidden, tiles.block_n, tiles.block_h), _descriptor(weight, tiles.block_v, tiles.block_h),
                 bias, targets, partial_values, partial_argmax, values,
+                None if kept is None else _descriptor(kept, tiles.block_n, tiles.block_v // tiles.parts), reference,
                 n, values.stride(0), hidden_size, vocab, num_splits, stride_b, in_scale, unit, **common,
             )  # fmt: skip
         else:
             _fused_forward_kernel[(work,)](
-                hidden, weight, bias, targets, rows, partial_values, partial_argmax, values,
+                hidden, weight, bias, targets, rows, partial_values, partial_argmax, values, kept, reference,
                 n, values.stride(0), hidden_size, vocab, num_splits, *hidden.stride(), *weight.stride(), stride_b,
-                in_scale, unit, EVEN_H=hidden_size % tiles.block_h == 0, **common,
+                stride_k, in_scale, unit, EVEN_H=hidden_size % tiles.block_h == 0, **common,
             )  # fmt: skip
         _merge_splits_kernel[(triton.cdiv(n, MERGE["BLOCK"]),)](
             partial_values, partial_argmax, values, argmax, n, values.stride(0), num_splits, unit,
@@ -172,9 +191,3 @@ def _descriptor(matrix: Tensor, *block: int) -> TensorDescriptor:
             f"with strides {matrix.stride()} at address {matrix.data_ptr():#x}"
         )
     return TensorDescriptor.from_tensor(matrix, list(block))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Programs that run at the same time. Results do not depend on it."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

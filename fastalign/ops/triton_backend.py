@@ -9,9 +9,10 @@ from torch import Tensor
 from fastalign.kernels import fused_forward as fused_kernels
 from fastalign.kernels import row_kernels
 from fastalign.kernels import row_loss_grad as loss_kernels
+from fastalign.kernels.fused_exponentials import fused_exponentials_fwd
 from fastalign.kernels.gae import gae_scan
 from fastalign.ops import rows as R
-from fastalign.ops.backends import Backend, architecture
+from fastalign.ops.backends import Backend, architecture, multiprocessors
 from fastalign.ops.known_grads import KnownGrads
 
 
@@ -61,9 +62,25 @@ def fused_forward(
     """State of the scored rows without a logits tile; weight in hidden's dtype."""
     picked = targets if rows is None else targets.index_select(0, rows)
     values, argmax = fused_kernels.fused_logps_fwd(
-        hidden, weight, bias, picked, rows, arch=architecture(hidden.device), **_outputs(spec), **_scales(spec)
-    )
+        hidden, weight, bias, picked, rows, arch=architecture(hidden.device), programs=multiprocessors(hidden.device),
+        **_outputs(spec), **_scales(spec),
+    )  # fmt: skip
     return R.RowState(values, argmax)
 
 
-BACKEND = Backend("triton", row_stats, row_grad, row_exp, row_loss_grad, gae_scan, fused_forward)
+def fused_exponentials(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec: R.RowSpec,
+    out: Tensor,
+) -> tuple[R.RowState, Tensor]:  # fmt: skip
+    """State of the scored rows and the reference of the exponentials that `out` gets."""
+    picked = targets if rows is None else targets.index_select(0, rows)
+    values, argmax, reference = fused_exponentials_fwd(
+        hidden, weight, bias, picked, rows, out, arch=architecture(hidden.device),
+        programs=multiprocessors(hidden.device), **_outputs(spec), **_scales(spec),
+    )  # fmt: skip
+    return R.RowState(values, argmax), reference
+
+
+BACKEND = Backend(
+    "triton", row_stats, row_grad, row_exp, row_loss_grad, gae_scan, fused_forward, fused_exponentials
+)  # fmt: skip

@@ -33,13 +33,13 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 
 import triton
-from aot import fused, live, rows, scans
+from aot import exponentials, fused, live, rows, scans
 from aot.case import Case
 from fastalign.kernels import _tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SUBJECTS = (fused, live, rows, scans)
+SUBJECTS = (fused, exponentials, live, rows, scans)
 KERNELS = {name: (kernel, subject) for subject in SUBJECTS for name, kernel in subject.KERNELS.items()}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -96,7 +96,7 @@ def compile_case(case: Case, arch: str) -> Any:
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name in case.descriptors:
             signature[name] = f"tensordesc<{case.descriptors[name]}{list(blocks[name])}>"
-        elif name.endswith("_ptr"):
+        elif name.endswith(("_ptr", "_desc")):
             constants[name] = None
         elif name in case.unit:
             constants[name] = 1

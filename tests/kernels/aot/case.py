@@ -26,7 +26,7 @@ class Case:
     """Arguments as a launch would pass them.
 
     Attributes:
-        pointers: the element type of each pointer argument; one that is absent (its name ends in _ptr) is None.
+        pointers: the element type of each pointer argument; an absent one (its name ends in _ptr or _desc) is None.
         descriptors: the element type of each tensor descriptor; its block shape is a constant <name>_BLOCK, which
             `launch_options` gives and the kernel does not see.
         constants: compile-time arguments. Arguments named nowhere are int32, a multiple of 16 when `aligned`, or 1

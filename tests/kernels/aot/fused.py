@@ -30,12 +30,16 @@ def launch_options(case: Case, arch: str) -> tuple[dict[str, Any], dict[str, Any
         return fused_forward.MERGE, {"num_warps": 4, "enable_fp_fusion": False}
     dtype = DTYPES[case.descriptors.get("hidden_desc") or case.pointers["hidden_ptr"]]
     tiles = _tiles.fused_tiles(arch, dtype, aligned=case.aligned)
+    if "reference_ptr" in case.pointers:
+        tiles = fused_forward.keeping(tiles)
     sizes, options = fused_forward.launch_options(tiles)
     if case.kernel == "fused_persistent":
         blocks = {
             "hidden_desc_BLOCK": (tiles.block_n, tiles.block_h),
             "weight_desc_BLOCK": (tiles.block_v, tiles.block_h),
         }
+        if "keep_desc" in case.descriptors:
+            blocks["keep_desc_BLOCK"] = (tiles.block_n, tiles.block_v // tiles.parts)
         return sizes | blocks, options
     return sizes, options
 
@@ -53,6 +57,10 @@ def _persistent() -> Iterator[Case]:
         yield Case("fused_persistent", dtype, pointers, _flags(), **more)
         if dtype == "fp16":  # differs from bf16 in the name of the product alone
             continue
+        kept = more | {"descriptors": descriptors | {"keep_desc": "bf16"}}
+        for arch, stack in (("sm_90", 0), ("sm_100", 64)):
+            kept |= {"targets": (arch,), "max_stack": stack}
+            yield Case("fused_persistent", f"{dtype} kept", pointers | {"reference_ptr": "fp32"}, _flags(), **kept)
         yield Case("fused_persistent", f"{dtype} entropy", pointers, _flags("ENTROPY"), **more)
         top1 = pointers | {"partial_argmax_ptr": "i32"}
         yield Case("fused_persistent", f"{dtype} entropy+top1", top1, _flags("ENTROPY", "TOP1"), **more)
@@ -80,6 +88,9 @@ def _pointers() -> Iterator[Case]:
         yield Case("fused_forward", dtype, pointers, _flags() | {"EVEN_H": True}, **aligned, **spills)
         if dtype == "fp16":
             continue
+        if dtype == "bf16":
+            kept = rows | {"keep_ptr": "bf16", "reference_ptr": "fp32"}
+            yield Case("fused_forward", "bf16 rows+kept", kept, _flags() | {"EVEN_H": True}, **aligned, max_stack=8)
         yield Case("fused_forward", f"{dtype} rows+entropy", rows, _flags("ENTROPY") | {"EVEN_H": True}, **aligned)
         yield Case("fused_forward", f"{dtype} rows+bias+all", outputs, everything | {"EVEN_H": True}, **aligned)
         ragged = _flags() | {"EVEN_H": False}

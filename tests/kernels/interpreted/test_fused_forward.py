@@ -38,7 +38,7 @@ def tiles(request):
     return KINDS[request.param]
 
 
-def run(hidden, weight, bias, targets, spec, arch, rows=None, tiles=TILES):
+def run(hidden, weight, bias, targets, spec, arch, rows=None, tiles=TILES, **options):
     flags = {name: getattr(spec, name) for name in FLAGS}
     state = fused_logps_fwd(
         hidden,
@@ -52,6 +52,7 @@ def run(hidden, weight, bias, targets, spec, arch, rows=None, tiles=TILES):
         **flags,
         arch=arch,
         tiles=tiles,
+        **options,
     )
     return R.RowState(*state)
 
@@ -153,6 +154,18 @@ def test_picked_rows_come_in_parts(problem, arch, monkeypatch):
     )
     assert torch.allclose(state.values, expected.values, rtol=1e-5)
     assert torch.equal(state.argmax, expected.argmax)
+
+
+def test_the_number_of_programs_does_not_matter(problem, arch):
+    hidden, weight, bias, targets = problem(40, 20, 150)
+    spec = spec_of(**ALL)
+    states = [
+        run(hidden, weight, bias, targets, spec, arch, tiles=KINDS["persistent"], programs=programs)
+        for programs in (1, 2, 7, 132)
+    ]
+    for state in states[1:]:
+        assert torch.equal(state.values, states[0].values)
+        assert torch.equal(state.argmax, states[0].argmax)
 
 
 @pytest.mark.parametrize("in_scale", [-0.7, 0.0])

@@ -27,6 +27,7 @@ def linear_pro_loss(
     rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, token_metrics: bool = False, backend: str = "auto",
     schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """PRO and its listwise relatives from hidden states, streamed list by list: three GEMMs, no logits.
 
@@ -55,7 +56,7 @@ def linear_pro_loss(
             of "mean", the lists of the whole step.
         token_metrics: also `entropy` (nats, mean over completion tokens) and `mean_token_accuracy` (of the best
             responses).
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
     Returns:
         LossOutput with the metrics of `losses.pro_loss`, `nll_loss` (NLL(y_1), mean over lists), `logps/best` and
         `logps/worst` (sums, means over the best and the worst ranked responses).
@@ -107,6 +108,7 @@ def linear_pro_loss(
         denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
         reduce=reduction != "none", rows=rows, bias=bias, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
+        accumulate_into=accumulate_into,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def linear_ppo_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
-    skip_rows: str = "auto",
+    accumulate_into: Tensor | None = None, skip_rows: str = "auto",
 ) -> LossOutput:  # fmt: skip
     """PPO and its variants from hidden states, streamed: three GEMMs, no logits, no second pass.
 
@@ -45,7 +45,8 @@ def linear_ppo_loss(
             aggregation, max_completion_length, sampler_correction, sampler_cap, reduction, num_items: as in
             `losses.ppo_loss`. The entropy's gradient flows through the head.
         token_metrics: also `entropy` (without entropy_coef it is computed for this metric alone).
-        rows, logit_scale, softcap, backend, schedule, workspace_mb, skip_rows: as in `linear_logps`.
+        rows, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into, skip_rows: as in
+            `linear_logps`.
     Returns:
         LossOutput with the metrics of `losses.ppo_loss`.
     Raises:
@@ -88,7 +89,7 @@ def linear_ppo_loss(
         metrics_fn=streamed.metrics, denominator=1.0 if reduction == "sum" else denominator,
         entropy=bool(entropy_coef) or token_metrics, rows=rows, bias=bias, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule,
-        workspace_mb=workspace_mb, skip_rows=skip_rows,
+        workspace_mb=workspace_mb, accumulate_into=accumulate_into, skip_rows=skip_rows,
     )  # fmt: skip
     return LossOutput(out.loss, out.metrics | corrections)
 

@@ -36,6 +36,7 @@ def linear_dpo_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """DPO and its pairwise relatives from hidden states, streamed pair by pair: three GEMMs, no logits, no second pass.
 
@@ -57,7 +58,7 @@ def linear_dpo_loss(
         use_weighting: weigh each pair by how likely the policy is to have written it (WPO, `losses.wpo_weights`), from
             the same pass over the vocabulary.
         num_chosen_tokens: denominator of "sft", the chosen tokens of all that `num_items` counts; None: those at hand.
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
         token_metrics: also, as TRL logs them, `entropy` (nats, mean over completion tokens), `mean_token_accuracy` (of
             the chosen responses), `logits/chosen` and `logits/rejected` (mean over tokens and vocabulary).
     Returns:
@@ -91,6 +92,7 @@ def linear_dpo_loss(
     head: dict[str, Any] = {
         "rows": rows, "bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
         "ignore_index": ignore_index, "backend": backend, "schedule": schedule, "workspace_mb": workspace_mb,
+        "accumulate_into": accumulate_into,
     }  # fmt: skip
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor | None = None) -> Tensor:

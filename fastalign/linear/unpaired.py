@@ -21,6 +21,7 @@ def linear_kto_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """KTO and its relatives from hidden states, streamed response by response: three GEMMs, no logits.
 
@@ -37,7 +38,7 @@ def linear_kto_loss(
         labels: (S,) bool, True = desirable.
         kl, shift, beta, loss_type, desirable_weight, undesirable_weight, reduction, num_items: as in
             `losses.kto_loss`. reduction="none" gives (S,) and scores everything before the loss (deferred).
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
         token_metrics: also `entropy` (nats, mean over completion tokens), `mean_token_accuracy` and `logits/chosen`,
             `logits/rejected` (mean over the tokens of desirable and undesirable responses, and the vocabulary).
     Returns:
@@ -74,7 +75,7 @@ def linear_kto_loss(
         denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
         mean_logits=token_metrics, reduce=reduction != "none", rows=rows, bias=bias, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule,
-        workspace_mb=workspace_mb,
+        workspace_mb=workspace_mb, accumulate_into=accumulate_into,
     )  # fmt: skip
 
 

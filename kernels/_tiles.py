@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ SHARED_MEMORY_LIMIT = {
 """Bytes of shared memory (LDS) one program may use, by architecture: 163, 99, 227, 227, 227 and 64 KiB."""
 
 
+Tiles = TypeVar("Tiles")
 TABLES = Path(__file__).parent / "tiles"
 USER_TABLES = Path.home() / ".config" / "fastalign" / "tiles"
 
@@ -64,22 +65,20 @@ def read_table(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
         ) from None
 
 
-def chosen(arch: str, kernel: str, case: str) -> dict[str, Any] | None:
-    """Sizes that were chosen for a case of a kernel; None: take the heuristic's."""
-    return table(arch).get(kernel, {}).get(case)
+def tuned(default: Tiles, arch: str, kernel: str, case: str) -> Tiles:
+    """A dataclass `default`, the heuristic's choice, with the sizes in its place that were chosen for a case of a kernel.
 
-
-def _make(kind: type, arch: str, kernel: str, case: str, default: Any) -> Any:
-    """`default` with the chosen sizes in place of its own."""
-    sizes = chosen(arch, kernel, case)
-    if sizes is None:
-        return default
-    known = {field.name for field in fields(kind)}
+    Raises:
+        ValueError: a table with a size that `default` does not have, or that it does not accept.
+    """
+    sizes = table(arch).get(kernel, {}).get(case, {})
+    instance: Any = default
+    known = {field.name for field in fields(instance)}
     if unknown := sizes.keys() - known:
         raise ValueError(
             f"tiles of {kernel!r}, {case!r} for {arch}: unknown {sorted(unknown)}, there are {sorted(known)}"
         )
-    return kind(**{name: getattr(default, name) for name in known} | sizes)
+    return replace(instance, **sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def row_tiles(v: int, arch: str = "") -> RowTiles:
     That is 16 KiB of loads in flight for each of the five to eight programs a multiprocessor holds; latency times
     bandwidth asks for 20 to 30 KB. Other programs load while one reduces.
     """
-    most = _make(RowTiles, arch, "row_kernels", "all", RowTiles(4096, num_warps=8))
+    most = tuned(RowTiles(4096, num_warps=8), arch, "row_kernels", "all")
     block = min(most.block, max(128, _next_power_of_two(v)))
     return RowTiles(block, num_warps=max(1, most.num_warps * block // most.block))
 
@@ -160,7 +159,7 @@ def fused_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True) -> Fused
         default = FusedTiles(128, 128, 64, num_warps=8, num_stages=2)
     else:
         default = FusedTiles(128, 128, 32, num_warps=8, num_stages=3, parts=2)
-    return _make(FusedTiles, arch, "fused_forward", fused_case(dtype, aligned), default)
+    return tuned(default, arch, "fused_forward", fused_case(dtype, aligned))
 
 
 def _next_power_of_two(x: int) -> int:

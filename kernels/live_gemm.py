@@ -15,15 +15,13 @@ Work: 2·2·m·V·H FLOP. An output tile of 128 × 256 does 85 FLOP per byte it 
 forming a patch of about 2048 × 2048, 1000 FLOP per byte from memory, where an H200 has balance at 184. Against a
 library at relative speed e (0.85 to 0.95 expected of such a kernel) they win once m/n < e: `fastalign.ops.live`.
 
-Why G stays where the row kernel wrote it and is gathered by the loads. The alternative is a row kernel that writes live
-rows to the front, which makes G a dense matrix that the tensor memory accelerator (TMA) can load, one instruction a
-tile. In place that is a race: row i would be written while the program that owns row j < i with index[j] = i may not
-have read it. In other memory it costs 2 bytes · n · V of that, or slabs of it, and then hidden's gradient is read and
-written once a slab: with slabs of 8192 columns 8·m·H bytes each, 4.5 % of the two products; exponentials, which need no
-row kernel, would want a pass of 4 bytes a logit for it, another 4.5 %. Gathering costs four asynchronous 16-byte copies
-a thread for a block of G (128 × 64 elements) instead of one TMA instruction, while the other operand, two thirds of the
-bytes, still comes by TMA; of a kernel without any TMA Triton's own measurements say 13 %. So the loads gather, and a
-caller changes its products and nothing else.
+Why G stays where the row kernel wrote it and is gathered by the loads. Rows gathered to the front would be a dense
+matrix that the tensor memory accelerator (TMA) loads, one instruction a tile. In place that is a race: row i would be
+written while the program that owns row j < i with index[j] = i may not have read it. In other memory it comes in
+slabs, and then hidden's gradient is read and written once a slab: with 8192 columns 8·m·H bytes each, 4.5 % of the two
+products; as much as a pass over exponentials, which need no row kernel, would take. Gathering costs four asynchronous
+16-byte copies a thread for a block of G (128 × 64 elements); two thirds of the operands' bytes still come by TMA, and
+without any of it a kernel loses 13 % by Triton's own measurements. So a caller changes its products and nothing else.
 
 Programs are persistent, one for each multiprocessor, and take output tiles in turn; with few live rows most find none.
 TMA descriptors are made on the host, where rows are aligned to 16 bytes and the architecture has TMA. A transposed
@@ -38,6 +36,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._tiles import tuned
+from .fused_forward import describable
 from .live_rows import PAD
 
 TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")  # and 227 KiB of shared memory for its pipeline
@@ -205,6 +205,18 @@ def gemm_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True, gathered:
     They look at no size, so the bits of a row do not depend on how many rows there are. Where the depth is gathered,
     the next block's numbers are on their way too: the pipeline is half as deep as num_stages says.
     """
+    return tuned(_heuristic(arch, dtype, aligned, gathered), arch, "live_matmul", gemm_case(dtype, aligned, gathered))
+
+
+def gemm_case(dtype: torch.dtype, aligned: bool = True, gathered: str = "") -> str:
+    """The case of these GEMMs in a table of tile sizes."""
+    bits = f"{8 * dtype.itemsize}-bit"
+    return " ".join(
+        word for word in (bits, "" if aligned else "unaligned", gathered and f"gathered {gathered}") if word
+    )
+
+
+def _heuristic(arch: str, dtype: torch.dtype, aligned: bool, gathered: str) -> GemmTiles:
     amd = arch.startswith("gfx")
     if dtype == torch.float32:  # IEEE products on the ordinary units, no TF32
         return GemmTiles(64, 128, 16, num_warps=8, num_stages=2 if amd else 5 if gathered == "depth" else 3)
@@ -282,7 +294,7 @@ def _launch(
     if out.numel() == 0:
         return
     (k, m), n = a.shape if depth else a.shape[::-1], out.shape[1]
-    aligned = _aligned(a) and _aligned(b)
+    aligned = describable(a) and describable(b)
     tma = aligned and a.element_size() == 2 and arch in TMA_ARCHITECTURES
     if tiles is None:
         gathered = "" if index is None else "depth" if depth else "rows"
@@ -303,9 +315,3 @@ def _launch(
             EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0, EVEN_K=depth or k % tiles.block_k == 0,
             WIDEN=interpreted, **sizes, **options,
         )  # fmt: skip
-
-
-def _aligned(matrix: Tensor) -> bool:
-    """Whether rows start on 16 bytes and are contiguous, which TMA descriptors and asynchronous copies want."""
-    pitch = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0

@@ -180,6 +180,7 @@ def row_stats_fwd(
     top1: bool = False,
     sum_sq: bool = False,
     sum_z: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Fold a tile into the running state of its rows. Slabs come in ascending order of v0.
 
@@ -188,7 +189,7 @@ def row_stats_fwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_stats_kernel[(n,)](
             tile, bias, targets.contiguous(), values, argmax if top1 else None,
@@ -214,6 +215,7 @@ def row_grad_bwd(
     out_scale: float = 1.0,
     softcap: bool = False,
     exp_tile: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Write ∂L/∂u of a tile to `out`, rounded once. `out` may be the tile, or a 16-bit view of the first half of each
     tile row.
@@ -234,7 +236,7 @@ def row_grad_bwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_grad_kernel[(n,)](
             tile, bias, targets.contiguous(), max, log_sum.contiguous(), base.contiguous(), target_coef.contiguous(),
@@ -255,6 +257,7 @@ def row_exp_fwd(
     in_scale: float = 1.0,
     out_scale: float = 1.0,
     softcap: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Write exp(z − max) of a tile to `out`, rounded once; `out` may overlap the tile as in row_grad_bwd.
 
@@ -264,7 +267,7 @@ def row_exp_fwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_exp_kernel[(n,)](
             tile, bias, max.contiguous(), out,

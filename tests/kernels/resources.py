@@ -39,6 +39,8 @@ from fastalign.kernels import _tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+_tiles.USER_TABLES = Path(os.devnull)  # the table is of the package's own tiles
+
 SUBJECTS = (fused, exponentials, live, rows, scans)
 KERNELS = {name: (kernel, subject) for subject in SUBJECTS for name, kernel in subject.KERNELS.items()}
 TARGETS = {

@@ -59,5 +59,5 @@ def linear_cross_entropy(
         denominator = num_items  # None: the number of scored tokens
     return linear_loss(
         lambda scored, cu: -scored.logps, hidden, weight, targets, groups="tokens", denominator=denominator, rows=rows,
-        metrics_fn=metrics, entropy=token_metrics, top1=token_metrics, schedule=schedule, **head,
+        metrics_fn=metrics, entropy=token_metrics, entropy_grad=False, top1=token_metrics, schedule=schedule, **head,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def linear_pro_loss(
         denominator = max(len(sizes), 1) if num_items is None else num_items
     return linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, groups=lists, inputs={"lists": lists, **given},
-        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
+        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, entropy_grad=False, top1=token_metrics,
         reduce=reduction != "none", rows=rows, bias=bias, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
         accumulate_into=accumulate_into,

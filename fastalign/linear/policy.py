@@ -87,9 +87,9 @@ def linear_ppo_loss(
         streamed.losses, hidden, weight, targets, groups=None if options.by_sequence else "tokens",
         cu_seqlens=_unequal(cu_seqlens, targets) if options.by_sequence else None, inputs=inputs,
         metrics_fn=streamed.metrics, denominator=1.0 if reduction == "sum" else denominator,
-        entropy=bool(entropy_coef) or token_metrics, rows=rows, bias=bias, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule,
-        workspace_mb=workspace_mb, accumulate_into=accumulate_into, skip_rows=skip_rows,
+        entropy=bool(entropy_coef) or token_metrics, entropy_grad=bool(entropy_coef), rows=rows, bias=bias,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend,
+        schedule=schedule, workspace_mb=workspace_mb, accumulate_into=accumulate_into, skip_rows=skip_rows,
     )  # fmt: skip
     return LossOutput(out.loss, out.metrics | corrections)
 

@@ -111,8 +111,8 @@ def linear_dpo_loss(
     out = linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, groups=list(range(pairs)) * 2,
         inputs={} if ref_logps is None else {"ref_logps": ref_logps}, denominator=denominator, metrics_fn=metrics,
-        entropy=token_metrics, top1=token_metrics, mean_logits=token_metrics, log_sum_sq_probs=use_weighting,
-        reduce=reduction != "none" and not coupled, **head,
+        entropy=token_metrics, entropy_grad=False, top1=token_metrics, mean_logits=token_metrics,
+        log_sum_sq_probs=use_weighting, reduce=reduction != "none" and not coupled, **head,
     )  # fmt: skip
     return LossOutput(reduce_losses(out.loss, reduction, num_items), out.metrics) if coupled else out
 

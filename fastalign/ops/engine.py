@@ -203,6 +203,8 @@ def mean_logits(tiles: Tiles, state: R.RowState) -> Tensor:
         return state.values[R.SUM_Z] / tiles.V
     mean_row = tiles.weight.mean(0, dtype=tiles.wide)
     shift = 0.0 if tiles.bias is None else tiles.bias.mean(dtype=tiles.wide)
-    parts = [block.h[: block.n].to(tiles.wide) @ mean_row for block in tiles.blocks()]
+    step = tiles.plan.rows if tiles.vocab_major else max(tiles.plan.piece_rows, 1)  # widened so many rows at a time
+    blocks = (tiles.block(first, min(first + step, tiles.plan.n)) for first in range(0, tiles.plan.n, step))
+    parts = [block.h[: block.n].to(tiles.wide) @ mean_row for block in blocks]
     means = torch.cat(parts) if parts else mean_row.new_empty(0)
     return (means + shift) * spec.in_scale

@@ -54,6 +54,7 @@ def linear_loss(
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     metrics_fn: MetricsFn | None = None, backend: str = "auto", schedule: str = "auto",
     workspace_mb: float | None = None, accumulate_into: Tensor | None = None, skip_rows: str = "auto",
+    entropy_grad: bool = True,
 ) -> LossOutput:  # fmt: skip
     """Any loss that is a sum over groups of sequences, through the fused head.
 
@@ -66,8 +67,8 @@ def linear_loss(
             |y|, and the chunk's part of `inputs`. It returns one loss per group (G',), in the order of the groups'
             first sequences.
         hidden: padded (B, T, H), each row of the batch a sequence; or packed (N, H) with cu_seqlens.
-        weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb, skip_rows:
-            as in linear_logps; rows must ascend.
+        weight, bias, targets, temperature, logit_scale, softcap, ignore_index, rows, backend, workspace_mb, skip_rows,
+            entropy_grad: as in linear_logps; rows must ascend.
         cu_seqlens: (S + 1,) int32 on the host, over all N tokens.
         groups: (S,) integers on the host, which sequences belong together; None: every sequence is its own group;
             "tokens": every token is (loss_fn then gets cu_seqlens=None and returns (n,)).
@@ -110,11 +111,11 @@ def linear_loss(
         largest = int(layout.group_rows().max(initial=1))
         bound = plan_for(
             flat, weight, layout.n, needs, schedule, workspace, spec, backend, skip_rows=skip_rows,
-            group_rows=largest, gathered=not layout.every,
+            group_rows=largest, gathered=not layout.every, entropy_grad=entropy_grad,
         )  # fmt: skip
         schedule, workspace = bound.schedule, bound.budget_bytes
     if bound is not None and schedule == "streamed":
-        job = _Job(loss_fn, layout, spec, denominator, needs, backend, bound, mean_logits, skip_rows)
+        job = _Job(loss_fn, layout, spec, denominator, needs, backend, bound, mean_logits, skip_rows, entropy_grad)
         loss = _Streamed.apply(flat, weight, bias, targets.reshape(-1), job)
         assert job.scored is not None
         scored = job.scored
@@ -125,7 +126,7 @@ def linear_loss(
             softcap=softcap, ignore_index=ignore_index, entropy=entropy, top1=top1, log_sum_sq_probs=log_sum_sq_probs,
             mean_logits=mean_logits, rows=layout.rows if index is None else index, backend=backend, schedule=schedule,
             workspace_mb=None if workspace is None else workspace / 2**20, accumulate_into=accumulate_into,
-            skip_rows=skip_rows,
+            skip_rows=skip_rows, entropy_grad=entropy_grad,
         )  # fmt: skip
         everything = layout.everything()
         scored = out if index is None else _map(out, lambda t: t.index_select(0, index))
@@ -160,6 +161,7 @@ class _Job:
     plan: Plan
     mean_logits: bool
     skip_rows: str
+    entropy_grad: bool
     scored: LinearLogps | None = None
 
     def run(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tiles, Sinks]:
@@ -239,8 +241,11 @@ class _Job:
         self, chunk: Chunk, stats: R.RowStats, log_sum_sq_probs: Tensor | None
     ) -> tuple[Tensor, R.RowCoef]:
         """Loss of a chunk and, by autograd on its log-probs alone, the gradient coefficients of its rows."""
-        leaves = [t.detach().requires_grad_() for t in (stats.logps, stats.lse, stats.entropy) if t is not None]
+        entropy = stats.entropy if self.entropy_grad else None
+        leaves = [t.detach().requires_grad_() for t in (stats.logps, stats.lse, entropy) if t is not None]
         scored = LinearLogps(*leaves)._replace(log_sum_sq_probs=log_sum_sq_probs)
+        if entropy is None:
+            scored = scored._replace(entropy=stats.entropy)
         with torch.enable_grad():
             loss = chunk.losses(self.loss_fn, self.layout, scored).sum() / self.denominator
         if not loss.requires_grad:

@@ -26,9 +26,9 @@ from fastalign.ops.uploads import on_device
 def plan_for(
     hidden: Tensor, weight: Tensor, n: int, needs: Sequence[bool], schedule: str, workspace: int | None,
     spec: R.RowSpec, backend: str, *, skip_rows: str = "auto", group_rows: int | None = None,
-    gathered: bool = True,
+    gathered: bool = True, entropy_grad: bool = True,
 ) -> Plan:  # fmt: skip
-    """The plan of a call on these tensors."""
+    """The plan of a call on these tensors. entropy_grad: whether the entropy, if asked for, may get a gradient."""
     style = devices.gemm_style(hidden.device)
     kernels = None if style == "cpu" else _kernels(hidden, weight, backend)
     if kernels is not None and skip_rows != "never" and live.served(backends.resolve(backend, hidden), hidden.device):
@@ -36,7 +36,8 @@ def plan_for(
     return plan(
         n, weight.shape[1], weight.shape[0], dtype=hidden.dtype, weight_dtype=weight.dtype, device_type=style,
         needs=(needs[0], needs[1], needs[2]), workspace_bytes=workspace, schedule=schedule, num_tokens=hidden.shape[0],
-        cacheable=not (spec.softcap or spec.entropy), group_rows=group_rows, gathered=gathered,
+        cacheable=not (spec.softcap or (spec.entropy and entropy_grad)), group_rows=group_rows, gathered=gathered,
+        sums=2 + spec.entropy + spec.top1 + spec.sum_sq + spec.sum_z,
         arch=backends.architecture(hidden.device), kernels=kernels,
     )  # fmt: skip
 
@@ -63,7 +64,8 @@ def _linear_logps(
 ]:  # fmt: skip
     """(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits; stats, rows, count, kept, frozen, overlaid)
 
-    every: all rows count, which the caller knows; then `rows` is None. skip_rows, into: for the backward.
+    every: all rows count, which the caller knows; then `rows` is None. flags: entropy, top1, log_sum_sq_probs,
+    mean_logits, and whether the entropy may get a gradient. skip_rows, into: for the backward.
     """
     known = (None, targets.shape[0]) if every else scored_rows(targets, rows, ignore_index, weight.shape[0])
     found = None if rows is not None else known[0]
@@ -128,8 +130,9 @@ def _bind(
     indices, n = known
     upper = targets.shape[0] if rows is None else n
     bound = plan_for(
-        hidden, weight, upper, needs, schedule, workspace, spec, backend, skip_rows=skip_rows, gathered=not every
-    )
+        hidden, weight, upper, needs, schedule, workspace, spec, backend, skip_rows=skip_rows, gathered=not every,
+        entropy_grad=flags[4],
+    )  # fmt: skip
     bound = replace(bound, n=n, kept_rows=min(bound.kept_rows, n), overlaid_rows=min(bound.overlaid_rows, n))
     return Tiles(hidden, weight, bias, targets, indices, spec, bound, backends.resolve(backend, hidden), skip_rows)
 
@@ -230,7 +233,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, rows, every, in_scale, out_scale, softcap, _, flags, needs, *how, into = inputs
     backend, schedule, _, workspace, skip_rows, _ = how
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3], output[4], output[5], *output[6:])
+    ctx.mark_non_differentiable(*([] if flags[4] else [output[2]]), *output[3:])
     ctx.save_for_backward(hidden, weight, bias, targets, rows, *output[6:])
     ctx.settings = (every, in_scale, out_scale, softcap, flags, needs)
     ctx.how = (backend, schedule, workspace, skip_rows)
@@ -242,7 +245,7 @@ def _backward(ctx, grad_logps, grad_lse, grad_entropy, *_) -> tuple[Tensor | Non
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     nothing = (None,) * 16
     flags = ctx.settings[4]
-    if not flags[0]:  # the absent entropy is an empty tensor, and so would be its gradient
+    if not (flags[0] and flags[4]):  # the absent entropy is an empty tensor, and so would be its gradient
         grad_entropy = None
     if not any(needs) or (grad_logps is None and grad_lse is None and grad_entropy is None):
         return (None, None, None, *nothing)

@@ -137,3 +137,32 @@ def test_under_autocast(gpu_tiles, make_problem):
         for mine, true in zip(grads, torch.autograd.grad(exact.logps.sum(), rounded.leaves), strict=True):
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine.double(), true, rtol=2e-2, atol=2e-2)
+
+
+def test_an_entropy_that_is_a_metric_lets_exponentials_wait(gpu_tiles, make_problem, within_rule):
+    gpu_tiles(fused=True)
+    problem = make_problem(n=75, H=64, V=403, dtype=torch.bfloat16, bias=False)
+    how = {"entropy": True, "backend": "torch", "workspace_mb": 16}
+    with pytest.raises(ValueError, match="an entropy output"):
+        linear_logps(problem.hidden, problem.weight, problem.targets, schedule="cached", **how)
+    out = linear_logps(problem.hidden, problem.weight, problem.targets, schedule="cached", entropy_grad=False, **how)
+    assert not out.entropy.requires_grad
+    exact_problem = problem.cast(torch.float64)
+    naive, exact = (linear_logps_reference(p.hidden, p.weight, p.targets) for p in (problem, exact_problem))
+    within_rule("entropy", out.entropy, naive.entropy.detach(), exact.entropy.detach(), torch.bfloat16)
+    (grad_weight,) = torch.autograd.grad(-exact.logps.sum(), [exact_problem.weight], retain_graph=True)
+    pairs = ((problem, out), (problem, naive), (exact_problem, exact))
+    for mine, theirs, true in zip(*(p.gradients(o, entropy=False) for p, o in pairs), strict=True):
+        within_rule("gradient", mine, theirs, true, torch.bfloat16)
+
+    def loss_fn(scored, cu):
+        assert not scored.entropy.requires_grad
+        return -scored.logps
+
+    for schedule in ("streamed", "auto"):
+        loss = linear_loss(
+            loss_fn, problem.hidden, problem.weight, problem.targets, groups="tokens", schedule=schedule,
+            entropy_grad=False, **how,
+        ).loss  # fmt: skip
+        (mine,) = torch.autograd.grad(loss, [problem.weight])
+        torch.testing.assert_close(mine.double(), grad_weight, rtol=2e-2, atol=2e-2)

@@ -23,6 +23,8 @@ class Device:
     launch: seconds from one kernel to the next that depends on it, with the filling and draining of its pipeline
     epilogue: seconds a logit that a kernel of ours spends between its matrix products, which nothing overlaps: 3500
         clocks for a tile of 128 × 256 logits on sm_90, by the arithmetic of fastalign.kernels.fused_forward
+    keeping: seconds a logit more where it leaves exponentials behind: a few instructions beside the exponential, and
+        four barriers a tile
     """
 
     processors: int
@@ -33,6 +35,7 @@ class Device:
     l2_bandwidth: float
     launch: float = 4e-6
     epilogue: float = 0.5e-12
+    keeping: float = 0.1e-12
 
     def gemm(self, m: int, n: int, k: int) -> float:
         """Seconds of one (m, k) @ (k, n): whole waves of tiles over the processors, in the better orientation; where

@@ -101,6 +101,7 @@ def _add_deferred(total: Sum, call: Call, plan: Plan) -> int:
     waiting = plan.kept_rows + plan.overlaid_rows
     if plan.fused:
         add_forward(total, scored, n, V)
+        total.add(call.device.keeping * plan.kept_rows * V)
     else:
         rows = min(plan.rows, n)
         add_forward(total, plain, rows, slab, times=n / rows * V / slab)
@@ -133,6 +134,7 @@ def _add_whole(total: Sum, call: Call, plan: Plan) -> int:
     rows = -(-call.n // count)
     if plan.exponentials:
         add_forward(total, replace(call, kernels=Kernels(forward=True)), rows, V, times=count)
+        total.add(device.keeping * rows * V, times=count)
     else:
         slabs = -(-V // plan.slab)
         plain = replace(call, kernels=Kernels())

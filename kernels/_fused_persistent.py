@@ -4,10 +4,12 @@ On sm_90 the product of a tile runs as asynchronous wgmma over a ring of num_sta
 bulk copies; no other thread spends a register or an instruction on an address. Rows and columns past the end, and a
 hidden size that is no multiple of BLOCK_H, are filled with zeros by the copy itself.
 
-The loops are nested, not flattened into one: flattened (`tl.range(..., flatten=True)`, Triton 3.6 and 3.9), the next
-tile's copies would start before the epilogue, but the accumulator would be set to zero inside the loop, and ptxas then
-waits for every single wgmma. `warp_specialize=True` is not to be had for a loop like this on sm_90 either: 3.6 and 3.9
-ignore it, fail, or compile to an empty kernel, depending on tile and number of warps.
+The loops are nested, not flattened into one (`tl.range(..., flatten=True)`), though flattened the next tile's copies
+would start before the epilogue and hide the 1500 clocks or so that they take to arrive. What ptxas makes of it, under
+Triton 3.6 and 3.9: with a branch in the epilogue it waits for every single wgmma; without (every logit compared with
+the target, every column with the vocabulary) the epilogue has 12 to 14 instructions a logit instead of 6, which takes
+those 1500 clocks again. `warp_specialize=True` is not to be had for such a loop on sm_90: 3.6 and 3.9 ignore it, fail,
+or compile to an empty kernel, depending on tile and number of warps.
 """
 
 import triton

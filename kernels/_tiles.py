@@ -66,7 +66,7 @@ def read_table(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tuned(default: Tiles, arch: str, kernel: str, case: str) -> Tiles:
-    """A dataclass `default`, the heuristic's choice, with the sizes in its place that were chosen for a case of a kernel.
+    """A dataclass, the heuristic's choice, with those sizes in its place that were chosen for a case of a kernel.
 
     Raises:
         ValueError: a table with a size that `default` does not have, or that it does not accept.

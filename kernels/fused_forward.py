@@ -109,13 +109,20 @@ def fused_logps_fwd(
         part = slice(first, first + step)
         picked = None if rows is None else rows[part].contiguous()
         if tiles.persistent and picked is not None:
-            given, picked = hidden.index_select(0, picked), None
+            given, picked = _side_by_side(hidden, picked), None
         else:
             given = hidden
         outputs = values[:, part], argmax[part] if top1 else None
         kept = None if keep is None or reference is None else (keep[part], reference[part])
         _fuse(given, weight, bias, targets[part].contiguous(), picked, *outputs, scales, flags, tiles, programs, kept)
     return values, argmax
+
+
+def _side_by_side(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Picked rows, each on 16 bytes."""
+    hidden_size, width = hidden.shape[1], 16 // hidden.element_size()
+    given = hidden.new_empty(len(rows), -(-hidden_size // width) * width)[:, :hidden_size]
+    return torch.index_select(hidden.detach(), 0, rows, out=given)
 
 
 def keeping(tiles: FusedTiles) -> FusedTiles:

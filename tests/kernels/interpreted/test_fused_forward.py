@@ -146,7 +146,7 @@ def test_scored_rows(problem, arch, tiles):
 def test_picked_rows_come_in_parts(problem, arch, monkeypatch):
     """Tensor descriptors want the picked rows side by side: so many bytes of them at a time."""
     monkeypatch.setattr(fused_forward, "GATHER_BYTES", 1)
-    hidden, weight, bias, targets = problem(100, 20, 70)
+    hidden, weight, bias, targets = problem(100, 19, 70)
     rows = torch.arange(99, -1, -1, device=hidden.device)
     spec = spec_of(**ALL)
     state, expected = (

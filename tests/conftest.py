@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so interpreted kernels need a process of their own:
 # TRITON_INTERPRET=1 pytest tests/kernels/interpreted
+# Without it the same tests compile the kernels, for which they need a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = [] if INTERPRETED else ["kernels/interpreted"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not INTERPRETED and item.path.parent == REPOSITORY / "tests/kernels/interpreted":
+            item.add_marker(pytest.mark.gpu)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch

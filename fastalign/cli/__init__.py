@@ -23,7 +23,7 @@ COMMANDS = {
     "ppo": "train a policy on its own completions, scored by reward models or functions",
     "cache": "build, inspect or verify a cache of reference log-probs",
     "plan": "predict the memory and work of a training step from its settings, before it runs",
-    "bench": "measure a few training steps beside what was planned for them",
+    "bench": "measure a few training steps beside what was planned for them; tune the GPU kernels",
     "doctor": "check the identities that must hold on a run's own model, data and backends, before it starts",
     "env": "print versions, devices and backends, and why one is unavailable",
 }

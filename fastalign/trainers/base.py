@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -311,12 +310,8 @@ class FusedTrainer(CheckpointingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model (or adapter), tokenizer, chat template and generation config; see `merge_adapter` for `merged/`."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call or not self.args.should_save or not getattr(self.args, "merge_adapter", False):
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            raise ValueError("merge_adapter=True, but the model has no adapter")
-        folder = os.path.join(output_dir or self.args.output_dir, "merged")
-        save_merged(model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if not _internal_call and self.args.should_save and getattr(self.args, "merge_adapter", False):
+            folder = os.path.join(output_dir or self.args.output_dir, "merged")
+            save_merged(self.accelerator.unwrap_model(self.model), folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)

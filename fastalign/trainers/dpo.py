@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastalign.losses import kto_kl
@@ -23,7 +23,7 @@ from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, grouped_by_prompt, num_examples, select_examples
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
+from fastalign.trainers.dpo_loss import AfterStep, ResponseMeter, RunningShift, Surroundings, fused_loss, learned
 from fastalign.trainers.dpo_reference import named
 from fastalign.trainers.dpo_setup import COLUMNS, examples_of, reference_of
 from fastalign.trainers.live_reference import LiveReference
@@ -142,7 +142,7 @@ class DPOTrainer(FusedTrainer):
         if not args.on_pairs:
             self._train_meter, self._eval_meter = ResponseMeter(), ResponseMeter()
         self._around = Surroundings(shift=RunningShift() if args.has_running_shift else None)
-        self.add_callback(_AfterStep(self))
+        self.add_callback(AfterStep(self.after_step))
         fuse_head(self.model)
         self._set_layout(self.model, counts_tokens=bool(self._router_coef))
         self._reference.use_layout(self.token_layout)
@@ -285,12 +285,12 @@ class DPOTrainer(FusedTrainer):
         return total[0] / total[1].clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        return super().training_step(model, _learned(inputs), num_items_in_batch)
+        return super().training_step(model, learned(inputs), num_items_in_batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        return super().prediction_step(model, _learned(inputs), prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, learned(inputs), prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's; kto's z₀ and the denominator of "sft" are those of the whole data set."""
@@ -309,18 +309,3 @@ class DPOTrainer(FusedTrainer):
         share = range(state.process_index, len(examples), state.num_processes)
         for start in range(0, len(share), size):
             yield self.data_collator([examples[i] for i in share[start : start + size]])["kl"]
-
-
-def _learned(batch: Batch) -> Batch:
-    """A batch without the mismatched responses, which nothing is learned from."""
-    return {name: value for name, value in batch.items() if name != "kl"}
-
-
-class _AfterStep(TrainerCallback):
-    """What a DPOTrainer does between optimizer steps."""
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.after_step()

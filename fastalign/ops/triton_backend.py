@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastalign.kernels import fused_forward as fused_kernels
@@ -51,6 +52,8 @@ def fused_forward(
     values, argmax = fused_kernels.fused_logps_fwd(
         hidden, weight, bias, picked, rows, arch=architecture(hidden.device), **_outputs(spec), **_scales(spec)
     )
+    outside = (picked < 0) | (picked >= weight.shape[0])  # the kernel knows 32 bits of a target
+    values[R.TARGET].masked_fill_(outside, torch.nan)
     return R.RowState(values, argmax)
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastalign.ops import backends
 from fastalign.ops import rows as R
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,7 +110,11 @@ def row_spec(
 
 
 def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int) -> tuple[Tensor | None, int]:
-    """(indices of the rows that count or None for all of them, their count). Synchronises when `rows` is None."""
+    """(indices of the rows that count or None for all of them, their count). Synchronises when `rows` is None.
+
+    A target or row out of range is a ValueError that names it, on the CPU and under FASTALIGN_CHECK_TARGETS=1; else its
+    log-prob is NaN.
+    """
     if rows is not None:
         if rows.device != targets.device:
             rows = rows.to(targets.device, non_blocking=True)
@@ -119,7 +124,7 @@ def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int)
         n = rows.shape[0]
         if n == targets.shape[0]:
             rows = None
-    if targets.device.type == "cpu" and n:
+    if n and (targets.device.type == "cpu" or backends.checks_targets()):
         if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < targets.shape[0]):
             raise ValueError(f"rows must lie in [0, {targets.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
         picked = targets if rows is None else targets[rows]

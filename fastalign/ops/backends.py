@@ -57,6 +57,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def checks_targets() -> bool:
+    """Whether targets and rows on an accelerator are checked to be in range, at the price of a synchronisation each
+    call: FASTALIGN_CHECK_TARGETS=1, for finding out where a NaN comes from. On the CPU they always are."""
+    return os.environ.get("FASTALIGN_CHECK_TARGETS", "0") not in ("", "0")
+
+
 def architecture(device: torch.device) -> str:
     """Name of a GPU's instruction set, "sm_90" or "gfx942"; that of an H100 where kernels are interpreted."""
     if device.type != "cuda":

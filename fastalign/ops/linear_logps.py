@@ -69,8 +69,8 @@ def linear_logps(
         LinearLogps(logps, lse, entropy, is_top1, log_sum_sq_probs, mean_logits) of targets' shape, float32 (is_top1
         bool), 0 where ignored. Gradients flow from logps, lse and entropy to hidden, weight and bias.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a target out of range (CPU tensors), an option that
-            cannot run.
+        ValueError: shapes, dtypes or devices that do not fit, an option that cannot run, a target out of range
+            (CPU tensors, or FASTALIGN_CHECK_TARGETS=1; elsewhere its log-prob is NaN).
 
     Source: the recomputing backward is that of Cut Cross-Entropy (arXiv 2411.09009), without atomics or filtering.
     """

@@ -72,7 +72,7 @@ class RowState(NamedTuple):
     values: (6, n) float32, contiguous. With m = max so far:
         MAX     m = max_v z_v                                  starts at -inf
         SUM     Σ_v exp(z_v − m)                               starts at 0
-        TARGET  z_y, once the slab that holds y was folded     starts at 0
+        TARGET  z_y, once the slab that holds y was folded     starts at NaN, and stays so if there is no such slab
         ENT     Σ_v exp(z_v − m)·(z_v − m)                     only with spec.entropy
         SUM_SQ  Σ_v exp(2(z_v − m))                            only with spec.sum_sq
         SUM_Z   Σ_v z_v                                        only with spec.sum_z
@@ -86,6 +86,7 @@ class RowState(NamedTuple):
     def start(cls, n: int, spec: RowSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> RowState:
         values = torch.zeros(6, n, dtype=dtype, device=device)
         values[MAX].fill_(-torch.inf)
+        values[TARGET].fill_(torch.nan)
         return cls(values, torch.zeros(n if spec.top1 else 0, dtype=torch.int64, device=device))
 
 

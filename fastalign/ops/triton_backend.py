@@ -69,6 +69,11 @@ def row_loss_grad(
     )  # fmt: skip
 
 
+def _mark_targets(values: Tensor, targets: Tensor, weight: Tensor) -> None:
+    """z_y of a target outside the vocabulary is nan: the fused kernels know 32 bits of one."""
+    values[R.TARGET].masked_fill_((targets < 0) | (targets >= weight.shape[0]), torch.nan)
+
+
 def fused_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec: R.RowSpec
 ) -> R.RowState:
@@ -78,6 +83,7 @@ def fused_forward(
         hidden, weight, bias, picked, rows, arch=architecture(hidden.device), programs=multiprocessors(hidden.device),
         **_outputs(spec), **_scales(spec),
     )  # fmt: skip
+    _mark_targets(values, picked, weight)
     return R.RowState(values, argmax)
 
 
@@ -91,6 +97,7 @@ def fused_exponentials(
         hidden, weight, bias, picked, rows, out, arch=architecture(hidden.device),
         programs=multiprocessors(hidden.device), **_outputs(spec), **_scales(spec),
     )  # fmt: skip
+    _mark_targets(values, picked, weight)
     return R.RowState(values, argmax), reference
 
 

@@ -74,5 +74,4 @@ def test_two_thousand_steps(tmp_path, capsys):
         )
     assert files.max() <= files[0] + 2  # a checkpoint being written may hold one
     assert files[-1] <= files[0]
-    # what a step may keep is bounded by its log entry: 40 numbers every 50 steps
-    assert growth <= max(4 * noise, 4 * 2**20)
+    assert growth <= max(4 * noise, 2 * 2**20)  # 1.5 KB a step: log entries are kept, a tensor of a step would show

@@ -11,9 +11,7 @@ from fastalign.trainers.sharding import check_fsdp
 from fastalign.trainers.zero import check_deepspeed
 
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "multi_node": "FSDP", "zero3": "DEEPSPEED"}
-PLAIN = SimpleNamespace(
-    fp16=False, auto_find_batch_size=False, merge_adapter=False, parallelism_config=None, load_best_model_at_end=False
-)
+PLAIN = SimpleNamespace(fp16=False, auto_find_batch_size=False, merge_adapter=False, load_best_model_at_end=False)
 
 
 def test_each_is_listed_here_and_in_the_documentation(repository):

@@ -59,6 +59,8 @@ class ShardingTrainer(Trainer):
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             check_fsdp(state.fsdp_plugin, self.args)
+            if (layout := getattr(self.accelerator, "parallelism_config", None)) is not None:
+                raise ValueError(f"parallelism_config={layout!r} is not supported: every process holds one shard")
             if self.args.bf16:  # gradients are added up in float32, and losses stay what they are
                 state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
@@ -146,7 +148,6 @@ def check_fsdp(plugin: FullyShardedDataParallelPlugin, args: TrainerConfig) -> N
         ("state_dict_type", state_dict != "FULL_STATE_DICT" and state_dict, "accepted is FULL_STATE_DICT"),
         ("ignored_modules", plugin.ignored_modules, "every parameter is sharded"),
         ("fp16", args.fp16, "use bf16"),
-        ("parallelism_config", args.parallelism_config, "every process holds one shard"),
         ("merge_adapter", getattr(args, "merge_adapter", False), "the adapter is saved, merge it afterwards"),
         ("auto_find_batch_size", args.auto_find_batch_size, "set per_device_train_batch_size"),
     )

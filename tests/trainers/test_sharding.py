@@ -12,7 +12,7 @@ from fastalign.trainers.sharding import check_fsdp, check_shardable, check_shard
 
 @pytest.fixture
 def args():
-    return SimpleNamespace(fp16=False, parallelism_config=None, auto_find_batch_size=False, merge_adapter=False)
+    return SimpleNamespace(fp16=False, auto_find_batch_size=False, merge_adapter=False)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_settings_of_fsdp(args, plugin, given, message):
         check_fsdp(plugin(**given), args)
 
 
-@pytest.mark.parametrize("name", ["fp16", "parallelism_config", "auto_find_batch_size", "merge_adapter"])
+@pytest.mark.parametrize("name", ["fp16", "auto_find_batch_size", "merge_adapter"])
 def test_settings_of_the_trainer(args, plugin, name):
     setattr(args, name, True)
     with pytest.raises(ValueError, match=f"{name}=True is not supported with FSDP2"):

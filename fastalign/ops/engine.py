@@ -131,8 +131,9 @@ def backward(
     if kept is not None and plan.kept_rows:
         first = plan.kept_rows
         scalable = plan.exponentials and tiles.in_one and sinks.bias is None and coef.entropy is None
-        # blocks of the transit's size where the plan has no room for one of all, whose gradient is rounded once
-        step = plan.transit_rows if plan.transit_rows and first > plan.rows else first
+        # blocks of the transit's size, but one of all rows for a weight gradient in 16 bits: it is written once
+        narrow = sinks.weight is not None and sinks.weight.dtype != tiles.wide
+        step = plan.transit_rows if plan.transit_rows and not (narrow or scalable) else first
         for start in range(0, first, step):
             part = R.cut(stats, coef, start, min(start + step, first))
             if scalable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastalign.ops import linear_logps, linear_logps_reference, linear_loss, sequence_logps
+from fastalign.ops import backends, linear_logps, linear_logps_reference, linear_loss, sequence_logps
 
 CASES = {  # schedule, workspace in MiB: what the plan does with it (see the assertions of test_gpu_schedule)
     "no tile": ("deferred", 16),
@@ -166,3 +166,28 @@ def test_an_entropy_that_is_a_metric_lets_exponentials_wait(gpu_tiles, make_prob
         ).loss  # fmt: skip
         (mine,) = torch.autograd.grad(loss, [problem.weight])
         torch.testing.assert_close(mine.double(), grad_weight, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not backends.interpreting(), reason="runs interpreted kernels: set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("schedule", ["cached", "frozen", "streamed", "deferred"])
+def test_kernels_in_their_place(gpu_tiles, make_problem, within_rule, schedule, backend):
+    """The fused forward, the exponentials that it leaves, and what becomes of them."""
+    dtype, needs = torch.bfloat16, (True, schedule != "frozen", False)
+    problem = make_problem(n=40, H=32, V=300, dtype=dtype, bias=False, peaked=True, needs=needs)
+    how = {"schedule": schedule, "backend": backend, "workspace_mb": 4}
+    if schedule == "streamed":
+        loss = linear_loss(
+            lambda s, cu: -s.logps, problem.hidden, problem.weight, problem.targets, groups="tokens", **how
+        )
+        total = loss.loss
+    else:
+        total = -linear_logps(problem.hidden, problem.weight, problem.targets, **how).logps.sum()
+    exact_problem = problem.cast(torch.float64)
+    naive, exact = (
+        -linear_logps_reference(p.hidden, p.weight, p.targets).logps.sum() for p in (problem, exact_problem)
+    )
+    torch.testing.assert_close(total.double(), exact, rtol=1e-4, atol=1e-4)
+    pairs = ((problem, total), (problem, naive), (exact_problem, exact))
+    for mine, theirs, true in zip(*(torch.autograd.grad(x, p.leaves) for p, x in pairs), strict=True):
+        within_rule("gradient", mine, theirs, true, dtype)

@@ -68,7 +68,7 @@ def test_accumulation_of_other_variants(kit, settings):
     got = run(kit, per_device_train_batch_size=1, gradient_accumulation_steps=8, micro_batch_tokens=20, **settings)
     kit.assert_same(got[0], expected[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(got[1], expected[1], strict=True):
-        for name in a.keys() - TIMES:
+        for name in a.keys() - TIMES - {"sharing_ratio"}:  # a prompt's completions may not fit into one piece
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 

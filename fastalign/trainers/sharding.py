@@ -61,8 +61,9 @@ class ShardingTrainer(Trainer):
             check_fsdp(state.fsdp_plugin, self.args)
             if (layout := getattr(self.accelerator, "parallelism_config", None)) is not None:
                 raise ValueError(f"parallelism_config={layout!r} is not supported: every process holds one shard")
-            if self.args.bf16:  # gradients are added up in float32, and losses stay what they are
-                state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            # bf16 is autocast over float32 weights, as in one process and where the reference was scored; accelerate's
+            # policy rounds weights, residual stream, losses and gradients
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         reshard(self.model)  # the optimizer is made of parameters as they are

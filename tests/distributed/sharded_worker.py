@@ -24,6 +24,6 @@ if "deepspeed" in given:  # which accelerate starts on accelerators alone
 results = {}
 for name in names:
     kit = conftest.Kit(folder / name, conftest.make_tokenizer())
-    what, settings = runs.SCENES.get(name) or (runs.train, (runs.RUNS | runs.FOUR | runs.ZERO)[name])
+    what, settings = runs.SCENES.get(name) or (runs.train, (runs.RUNS | runs.MORE | runs.FOUR | runs.ZERO)[name])
     results[name] = what(kit, conftest, **given, **settings)
 torch.save(results, folder / f"rank_{runs.rank()}.pt")

@@ -189,7 +189,8 @@ def frozen_backward(
         part = slice(block.start, block.stop)
         grad = d[part] * (a - c)[part, None]
         if grad_lse is not None:
-            picked = tiles.weight.index_select(0, block.targets).to(tiles.hidden.dtype).to(d.dtype)
+            held = block.targets.clamp(0, tiles.V - 1)  # one outside is no address, and its log-prob is nan already
+            picked = tiles.weight.index_select(0, held).to(tiles.hidden.dtype).to(d.dtype)
             grad.addcmul_(picked, (c * slope)[part, None])
         if block.index is None:
             out[part].copy_(grad)

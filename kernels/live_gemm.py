@@ -28,19 +28,17 @@ TMA descriptors are made on the host, where rows are aligned to 16 bytes and the
 operand is a transposed view of loaded memory; no product ever is an operand.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._tiles import tuned
+from ._live_tiles import TMA_ARCHITECTURES, GemmTiles, gemm_case, gemm_tiles, launch_options
 from .fused_forward import describable
 from .live_rows import PAD
 
-TMA_ARCHITECTURES = ("sm_90", "sm_100", "sm_103")  # and 227 KiB of shared memory for its pipeline
+__all__ = ["PAD", "GemmTiles", "depth_matmul", "gemm_case", "gemm_tiles", "launch_options", "rows_matmul"]
 
 
 @triton.jit
@@ -111,11 +109,38 @@ def _store_tile(
 
 
 @triton.jit
+def _add_product(
+    acc, a, b, a_index_ptr, row, col, at, m, n, k, stride_ar, stride_ac, stride_br, stride_bc,
+    COUNT_IS_DEPTH: tl.constexpr, TRANS_B: tl.constexpr, TMA_A: tl.constexpr, TMA_B: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, MASK_K: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The accumulator of an output tile with the products of one block of the depth, from `at` on."""
+    if COUNT_IS_DEPTH:
+        x = _operand(
+            a, a_index_ptr, at, row, k, m, stride_ar, stride_ac, TMA_A, True, WIDEN, True, not EVEN_M, BLOCK_K, BLOCK_M
+        )  # fmt: skip
+    else:
+        x = _operand(
+            a, a_index_ptr, row, at, m, k, stride_ar, stride_ac, TMA_A, False, WIDEN, False, MASK_K, BLOCK_M, BLOCK_K
+        )  # fmt: skip
+    if TRANS_B:
+        y = _operand(
+            b, None, col, at, n, k, stride_br, stride_bc, TMA_B, True, WIDEN, False, MASK_K, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    else:
+        y = _operand(
+            b, None, at, col, k, n, stride_br, stride_bc, TMA_B, False, WIDEN, MASK_K, not EVEN_N, BLOCK_K, BLOCK_N
+        )  # fmt: skip
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["m", "k"])
 def _live_matmul_kernel(
     a, b, a_index_ptr, start_ptr, out_ptr, out_index_ptr, count_ptr, scale_ptr, factors_ptr,
-    m, n, k, stride_ar, stride_ac, stride_br, stride_bc, stride_sr, stride_sc, stride_or, stride_oc,
+    m, m_end, n, k, stride_ar, stride_ac, stride_br, stride_bc, stride_sr, stride_sc, stride_or, stride_oc,
     COUNT_IS_DEPTH: tl.constexpr, TRANS_B: tl.constexpr, TMA_A: tl.constexpr, TMA_B: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, MASK_K: tl.constexpr, LAST_ALONE: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -127,8 +152,11 @@ def _live_matmul_kernel(
         k = count
     else:
         m = count
+        m_end = count
+    # No loop is empty, for wgmma's sake: without a live row the depth is a block of zeros. A mask of columns that end
+    # at no multiple of 16 goes element by element, so the last block has one to itself.
+    steps = tl.maximum(k // BLOCK_K if LAST_ALONE else tl.cdiv(k, BLOCK_K), 1)
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    tiles_k = tl.maximum(tl.cdiv(k, BLOCK_K), 1)  # without a live row: one block of zeros, so that no loop is empty
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # Tiles in flight form a patch of GROUP_M row blocks and as many column blocks as fit beside them.
         group = tile // (GROUP_M * tiles_n)
@@ -137,29 +165,18 @@ def _live_matmul_kernel(
         row = (group * GROUP_M + within % blocks_in_group) * BLOCK_M
         col = (within // blocks_in_group) * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for step in range(tiles_k):
-            at = step * BLOCK_K
-            if COUNT_IS_DEPTH:
-                x = _operand(
-                    a, a_index_ptr, at, row, k, m, stride_ar, stride_ac, TMA_A, True, WIDEN, True, not EVEN_M,
-                    BLOCK_K, BLOCK_M,
-                )  # fmt: skip
-            else:
-                x = _operand(
-                    a, a_index_ptr, row, at, m, k, stride_ar, stride_ac, TMA_A, False, WIDEN, False, not EVEN_K,
-                    BLOCK_M, BLOCK_K,
-                )  # fmt: skip
-            if TRANS_B:
-                y = _operand(
-                    b, None, col, at, n, k, stride_br, stride_bc, TMA_B, True, WIDEN, False, not EVEN_K,
-                    BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                y = _operand(
-                    b, None, at, col, k, n, stride_br, stride_bc, TMA_B, False, WIDEN, not EVEN_K or COUNT_IS_DEPTH,
-                    not EVEN_N, BLOCK_K, BLOCK_N,
-                )  # fmt: skip
-            acc = tl.dot(x, y, acc, input_precision="ieee")
+        for step in range(steps):
+            acc = _add_product(
+                acc, a, b, a_index_ptr, row, col, step * BLOCK_K, m_end, n, k, stride_ar, stride_ac, stride_br,
+                stride_bc, COUNT_IS_DEPTH, TRANS_B, TMA_A, TMA_B, EVEN_M, EVEN_N, MASK_K, WIDEN,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if LAST_ALONE:
+            acc = _add_product(
+                acc, a, b, a_index_ptr, row, col, steps * BLOCK_K, m_end, n, k, stride_ar, stride_ac, stride_br,
+                stride_bc, COUNT_IS_DEPTH, TRANS_B, TMA_A, TMA_B, EVEN_M, EVEN_N, True, WIDEN,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         factor = scale
         if factors_ptr is not None:
             rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -170,79 +187,6 @@ def _live_matmul_kernel(
             acc, row, col, m, n, start_ptr, out_ptr, out_index_ptr, factor, stride_sr, stride_sc, stride_or, stride_oc,
             PARTS,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class GemmTiles:
-    """One output tile (block_m, block_n) at a time, over blocks of block_k; group_m row blocks share columns in L2.
-
-    A finished tile is stored in `parts` (1, 2, 4, …) pieces of columns. `flatten` overlaps a tile's stores with the
-    next one's loads.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    parts: int = 1
-    group_m: int = 16
-    flatten: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k", "num_warps", "parts"):
-            size = getattr(self, name)
-            if size < 1 or size & (size - 1):
-                raise ValueError(f"GemmTiles.{name} must be a power of two, got {size}")
-        if PAD % self.block_k:
-            raise ValueError(f"GemmTiles.block_k must divide {PAD}, got {self.block_k}")
-
-
-def gemm_tiles(arch: str, dtype: torch.dtype, *, aligned: bool = True, gathered: str = "") -> GemmTiles:
-    """Tiles for an architecture ("sm_90", "gfx942"), the operands' dtype and alignment, and what is gathered by index:
-    nothing, "rows" of the result, or the "depth".
-
-    They look at no size, so the bits of a row do not depend on how many rows there are. Where the depth is gathered,
-    the next block's numbers are on their way too: the pipeline is half as deep as num_stages says.
-    """
-    return tuned(_heuristic(arch, dtype, aligned, gathered), arch, "live_matmul", gemm_case(dtype, aligned, gathered))
-
-
-def gemm_case(dtype: torch.dtype, aligned: bool = True, gathered: str = "") -> str:
-    """The case of these GEMMs in a table of tile sizes."""
-    bits = f"{8 * dtype.itemsize}-bit"
-    return " ".join(
-        word for word in (bits, "" if aligned else "unaligned", gathered and f"gathered {gathered}") if word
-    )
-
-
-def _heuristic(arch: str, dtype: torch.dtype, aligned: bool, gathered: str) -> GemmTiles:
-    amd = arch.startswith("gfx")
-    if dtype == torch.float32:  # IEEE products on the ordinary units, no TF32
-        return GemmTiles(64, 128, 16, num_warps=8, num_stages=2 if amd else 5 if gathered == "depth" else 3)
-    if not aligned:
-        return GemmTiles(64, 128, 32, num_warps=8, num_stages=2)
-    if arch in TMA_ARCHITECTURES:
-        if gathered == "rows":  # their numbers are loaded once a tile, which only a loop of their own keeps apart
-            return GemmTiles(128, 256, 64, num_warps=8, num_stages=4 if arch == "sm_90" else 6, parts=4)
-        stages = 7 if gathered else 4
-        return GemmTiles(128, 256, 64, num_warps=8, num_stages=stages, parts=4, flatten=True)
-    if amd:
-        return GemmTiles(128, 128, 64, num_warps=8, num_stages=2)
-    return GemmTiles(128, 128, 64, num_warps=8, num_stages=5 if gathered == "depth" else 3, parts=2)
-
-
-def launch_options(tiles: GemmTiles) -> tuple[dict[str, int | bool], dict[str, int | bool]]:
-    """Tile sizes as the kernel's compile-time constants, and the compiler's options."""
-    sizes = {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "GROUP_M": tiles.group_m,
-        "PARTS": tiles.parts,
-        "FLATTEN": tiles.flatten,
-    }
-    return sizes, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": False}
 
 
 def rows_matmul(
@@ -304,14 +248,25 @@ def _launch(
     block_a = [tiles.block_k, tiles.block_m] if depth else [tiles.block_m, tiles.block_k]
     block_b = [tiles.block_n, tiles.block_k] if trans_b else [tiles.block_k, tiles.block_n]
     interpreted = not isinstance(_live_matmul_kernel, triton.JITFunction)
+    ragged = not depth and k % tiles.block_k != 0 and not tma_a  # past a descriptor's end there are zeros
+    alone = ragged and aligned and k > tiles.block_k
+    m_end = _readable(a, m) if depth else m
     with torch.cuda.device_of(out):
         _live_matmul_kernel[(max(1, programs),)](
             TensorDescriptor.from_tensor(a, block_a) if tma_a else a,
             TensorDescriptor.from_tensor(b, block_b) if tma else b,
             index, start, out, out_index, count, scale, None if factors is None else factors.contiguous(),
-            m, n, k, *a.stride(), *b.stride(),
-            *((0, 0) if start is None else start.stride()), *out.stride(),
+            m, m_end, n, k, *a.stride(), *b.stride(), *((0, 0) if start is None else start.stride()), *out.stride(),
             COUNT_IS_DEPTH=depth, TRANS_B=trans_b, TMA_A=tma_a, TMA_B=tma,
-            EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0, EVEN_K=depth or k % tiles.block_k == 0,
-            WIDEN=interpreted, **sizes, **options,
+            EVEN_M=m % tiles.block_m == 0, EVEN_N=n % tiles.block_n == 0, MASK_K=depth or ragged > alone,
+            LAST_ALONE=alone, WIDEN=interpreted, **sizes | ({"FLATTEN": False} if alone else {}), **options,
         )  # fmt: skip
+
+
+def _readable(a: Tensor, columns: int) -> int:
+    """The columns rounded up to 16 where the memory behind them is the matrix's too: nothing is made of what it holds,
+    and up to a multiple of 16 copies of 16 bytes can be masked."""
+    rounded = -(-columns // 16) * 16
+    last = a.storage_offset() + (a.shape[0] - 1) * a.stride(0) + rounded
+    inside = a.stride(1) == 1 and last <= a.untyped_storage().nbytes() // a.element_size()
+    return rounded if inside else columns

@@ -12,8 +12,9 @@ GATHER_BYTES = 2**24  # rows that it copies side by side at a time
 
 
 def pitch(columns: int) -> int:
-    """Columns from one row of a tile to the next: 16-byte rows in 16 bits already."""
-    return -(-columns // 8) * 8
+    """Columns from one row of a tile to the next: a multiple of 16, by which Triton knows that rows of 16-bit elements,
+    picked by index, can be copied 16 bytes at a time."""
+    return -(-columns // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ def problem(device):
         g = torch.Generator().manual_seed(seed)
         grad, h, weight = (torch.randn(*shape, generator=g) for shape in ((n, vocab), (n, width), (vocab, width)))
         chosen = torch.rand(n, generator=g) < live
-        p = SimpleNamespace(grad=grad.to(device, dtype), h=h.to(device, dtype), weight=weight.to(device, dtype))
+        p = SimpleNamespace(h=h.to(device, dtype), weight=weight.to(device, dtype))
+        pitch = -(-vocab // 16) * 16  # as tiles are laid out
+        p.grad = torch.full((n, pitch), torch.nan, dtype=dtype, device=device)[:, :vocab].copy_(grad)
         p.index, p.count = L.live_rows(chosen.float().to(device), torch.zeros(n, device=device), None)
         p.live = p.index[: int(chosen.sum())]
         padded = -(-n // L.PAD) * L.PAD
@@ -80,19 +82,21 @@ def all_three(p, arch, tiles=TILES):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "width", "vocab", "live"), [(1, 1, 1, 1.0), (37, 33, 71, 0.0), (37, 33, 71, 0.5), (70, 24, 32, 1.0)]
+    ("n", "width", "vocab", "live"),
+    [(1, 1, 1, 1.0), (37, 33, 71, 0.0), (37, 33, 71, 0.5), (37, 40, 71, 0.5), (70, 24, 32, 1.0)],
 )
 def test_against_float64(n, width, vocab, live, dtype, problem, arch):
     all_three(problem(n, width, vocab, live, dtype), arch)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_own_tiles(arch, problem, device):
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("sm_80", torch.float32), ("sm_80", torch.bfloat16), ("sm_90", torch.bfloat16)], ids=str
+)
+def test_own_tiles(arch, dtype, problem, device):
     """The tiles that are launched with, through descriptors and through pointers."""
     if device.type == "cuda":
         pytest.skip("other architectures than the device's own")
-    for dtype in (torch.float32, torch.bfloat16):
-        all_three(problem(70, 72, 136, 0.5, dtype), arch, tiles=None)
+    all_three(problem(70, 72, 136, 0.5, dtype), arch, tiles=None)
 
 
 def test_descriptors_and_pointers_give_the_same_bits(problem, device):
@@ -178,7 +182,7 @@ def test_any_strides(problem, arch):
     assert torch.equal(transposed.t(), expected)
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(
     n=st.integers(1, 70), width=st.integers(1, 40), vocab=st.integers(1, 70), live=st.floats(0, 1),
     dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), programs=st.integers(1, 9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -104,3 +105,13 @@ def launch_processes(script: Path, *arguments: object, processes: int = 2, timeo
             first = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
             errors[first].seek(0)
             raise AssertionError(f"process {first} failed or hung ({codes}): {errors[first].read()[-4000:]}")
+
+
+@pytest.fixture
+def python_signals():
+    """Python's own handlers, which a process started in the background of a script does not have for Ctrl-C."""
+    ordinary = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in ordinary.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)

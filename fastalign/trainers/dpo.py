@@ -142,7 +142,7 @@ class DPOTrainer(FusedTrainer):
         if not args.on_pairs:
             self._train_meter, self._eval_meter = ResponseMeter(), ResponseMeter()
         self._around = Surroundings(shift=RunningShift() if args.has_running_shift else None)
-        self.add_callback(AfterStep(self.after_step))
+        self.add_callback(AfterStep(lambda: self.after_step()))
         fuse_head(self.model)
         self._set_layout(self.model, counts_tokens=bool(self._router_coef))
         self._reference.use_layout(self.token_layout)

@@ -102,6 +102,7 @@ def test_an_interrupt_says_where_to_go_on(run_yaml, settings, capsys, monkeypatc
     )
 
 
+@pytest.mark.usefixtures("python_signals")
 @pytest.mark.parametrize(
     ("number", "status", "word"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-QUICK, LONG = 30, 2000
+QUICK, LONG = 10, 2000
 SPECIAL = ["<s>", "</s>", "<pad>"]
 
 Fuzz = Callable[..., None]

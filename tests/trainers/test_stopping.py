@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from fastalign.trainers.checkpoint_files import checkpoints
 from fastalign.trainers.stopping import StopRequest, StopWhenAsked, Terminated
 
+pytestmark = pytest.mark.usefixtures("python_signals")
+
 
 class SignalAt(TrainerCallback):
     """Sends this process signals at an event of a step."""

@@ -3,13 +3,13 @@
 A row's reference is its maximum over the first SAMPLE columns, one tile's worth of work ahead of the kernel proper, for
 which the maximum over the vocabulary is not known before it is too late. bfloat16 has the range of float32, so any
 reference serves that lies not too far below the maximum: KEPT_REACH, 60 nats. The maximum of 256 logits is nearly
-always nearer than that; a row where it is not is done again by `_redo_kernel`, relative to its maximum, and costs one
+always nearer than that; a row where it is not is done again by `_redo_exponentials_kernel`, relative to its maximum, and costs one
 reading of the weight. Nobody waits to learn whether there is one.
 
 The rest is `fused_forward`: its two kernels, its tiles, its result. Beside them this moves
 
     2 B a logit written              2.1 GB for 8192 × 131072, 0.5 ms at 4.3 TB/s, under the matrix work
-    8 B a row read by every program  of `_redo_kernel`, to find nothing
+    8 B a row read by every program  of `_redo_exponentials_kernel`, to find nothing
 """
 
 import torch
@@ -26,7 +26,7 @@ REDO = {"ROWS": 1024, "COLUMNS": 32, "BLOCK_H": 64}
 
 
 @triton.jit(do_not_specialize=["n"])
-def _redo_kernel(
+def _redo_exponentials_kernel(
     hidden_ptr, weight_ptr, bias_ptr, rows_ptr, max_ptr, reference_ptr, keep_ptr, n, hidden_size, vocab,
     stride_hn, stride_hh, stride_wv, stride_wh, stride_b, stride_k, in_scale: tl.float32, out_scale: tl.float32,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -102,7 +102,7 @@ def fused_exponentials_fwd(
     best, n = values[0], targets.shape[0]
     if n:
         with torch.cuda.device_of(hidden):
-            _redo_kernel[(programs,)](
+            _redo_exponentials_kernel[(programs,)](
                 hidden, weight, bias, None if rows is None else rows.contiguous(), best, reference, out, n,
                 weight.shape[1], weight.shape[0], *hidden.stride(), *weight.stride(),
                 0 if bias is None else bias.stride(0), out.stride(0), *scales,

@@ -8,7 +8,7 @@ from typing import Any
 from aot.case import Case
 from fastalign.kernels import fused_exponentials
 
-KERNELS = {"redo_exponentials": fused_exponentials._redo_kernel}
+KERNELS = {"redo_exponentials": fused_exponentials._redo_exponentials_kernel}
 
 
 def cases() -> Iterator[Case]:

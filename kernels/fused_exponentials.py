@@ -3,8 +3,8 @@
 A row's reference is its maximum over the first SAMPLE columns, one tile's worth of work ahead of the kernel proper, for
 which the maximum over the vocabulary is not known before it is too late. bfloat16 has the range of float32, so any
 reference serves that lies not too far below the maximum: KEPT_REACH, 60 nats. The maximum of 256 logits is nearly
-always nearer than that; a row where it is not is done again by `_redo_exponentials_kernel`, relative to its maximum, and costs one
-reading of the weight. Nobody waits to learn whether there is one.
+always nearer than that; a row where it is not is done again by `_redo_exponentials_kernel`, relative to its maximum,
+and costs one reading of the weight. Nobody waits to learn whether there is one.
 
 The rest is `fused_forward`: its two kernels, its tiles, its result. Beside them this moves
 

@@ -44,6 +44,8 @@ ZERO = {
 } | {"zero, live, adapter": {"trainer": "dpo", "precompute_ref_log_probs": False, **LORA}}
 TIMES = {"tokens_per_second", "epoch", "eps"}
 
+pytestmark = pytest.mark.long  # processes that import everything: a minute of two cores
+
 
 def rank() -> int:
     return int(os.environ["RANK"])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 
 TRAINERS = ("dpo", "sft", "reward", "pro", "ppo")
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     own = {"batch": arguments.batch, "response": arguments.response}
     rows = []
     for trainer, model, trained, checkpointing, tokens, micro in itertools.product(
@@ -77,10 +79,10 @@ def main() -> None:
         given = settings(trainer, model, trained == "lora", checkpointing == "on", micro, **own)
         rows.append(compare(trainer, given, tokens, arguments.steps))
         harness.say(**rows[-1])
+        if not arguments.no_save:
+            harness.append_rows("step_plan", "cpu", rows[-1:])
     ratios = [row["ratio"] for row in rows]
     print(f"planned / measured: mean {statistics.mean(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    if not arguments.no_save:
-        harness.append_rows("step_plan", "cpu", rows)
 
 
 if __name__ == "__main__":

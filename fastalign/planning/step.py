@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,8 +90,14 @@ def record_step(
 def recording(device_type: str) -> Iterator[Recorder]:
     """Inside, tensors have no memory, and what they would take on "cpu" or "cuda" is recorded."""
     kernels = KERNELS if device_type == "cpu" else 0
-    with FakeTensorMode(allow_non_fake_inputs=True), Recorder(kernels) as recorder, torch.device("cpu"):
-        yield recorder
+    log = logging.getLogger("fastalign.models")  # which would tell of the kernels of a CPU
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Recorder(kernels) as recorder, torch.device("cpu"):
+            yield recorder
+    finally:
+        log.setLevel(level)
 
 
 def place(made: nn.Module, settings: ModelSettings, recorder: Recorder, name: str = WEIGHTS) -> None:

@@ -43,7 +43,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(PYTEST) -n 2 --dist loadfile tests --ignore tests/kernels
+	$(PYTEST) -n 3 --dist loadfile tests --ignore tests/kernels # some tests wait for processes
 
 compiled: setup # Triton kernels, ahead of time for several GPUs; starts processes of its own
 	$(PYTEST) tests/kernels
@@ -52,8 +52,9 @@ interpreted: setup # in another process: Triton chooses its interpreter when a k
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels/interpreted
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops tests/linear -k triton
 
-gpu: setup ## the tests that need a CUDA device
+gpu: setup ## the tests that need a CUDA device, then speed and memory of all that runs on it; SUITE='--minutes 9'
 	$(PYTEST) -m gpu tests
+	$(BIN)/python benchmarks/suite.py $(SUITE)
 
 long: setup ## the studies that take minutes
 	$(PYTEST) -m long tests

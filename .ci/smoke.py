@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TRITON_KERNELS = ("row_kernels", "fused_forward", "gae")
+TRITON_KERNELS = ("row_kernels", "fused_forward", "gae", "segments")
 
 
 def check_installation() -> None:
@@ -31,6 +31,7 @@ def check_installation() -> None:
     assert Path(sys.prefix) in folder.parents, f"fastalign comes from {folder}, not from this environment"
     assert fastalign.__version__ == importlib.metadata.version("fastalign")
     assert (folder / "py.typed").exists()
+    assert (folder / "kernels" / "tiles" / "sm_90.json").exists()
     for name in TRITON_KERNELS:
         assert (folder / "kernels" / f"{name}.py").exists()
         if importlib.util.find_spec("triton"):

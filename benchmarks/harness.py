@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import ctypes
+import functools
 import gc
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing as mp
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,8 +45,20 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None:
+        return ""
     dirty = "+" if git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results") else ""
     return git("rev-parse", "--short", "HEAD") + dirty
+
+
+def code_digest() -> str:
+    """Of what is measured, the sources of fastalign and its kernels: results of other code are not continued."""
+    found = hashlib.sha256()
+    for folder in ("fastalign", "kernels", "csrc"):
+        for path in sorted((ROOT.parent / folder).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".so", ".pyc"):
+                found.update(str(path.relative_to(ROOT.parent)).encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def device_name(device: str) -> str:
@@ -67,8 +83,45 @@ def canary(device: str, dtype: torch.dtype, size: int = 2048) -> Callable[[], An
     return lambda: a @ a
 
 
+def gpu_state() -> dict[str, Any]:
+    """Driver, clocks, power and temperature as nvidia-smi reads them; empty where it does not run."""
+    names = {
+        "driver_version": "driver", "clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "watts",
+        "temperature.gpu": "celsius",
+    }  # fmt: skip
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(names.values(), (part.strip() for part in line.split(",")), strict=True))
+
+
+@functools.cache
+def _l2() -> torch.Tensor:
+    """Memory twice as large as the GPU's last cache."""
+    size = 2 * getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
+    return torch.empty(max(size, 2**26), dtype=torch.int8, device="cuda")
+
+
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 Name = TypeVar("Name")
+
+
+def timed(call: Callable[[], Any], device: str, clock: str = "wall") -> float:
+    """Seconds of one call. On CUDA between two events, behind a kernel that has emptied the last cache, so that a call
+    pays for reading its inputs and not for the launch of its first kernel."""
+    if device != "cuda":
+        start = CLOCKS[clock]()
+        call()
+        return CLOCKS[clock]() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _l2().zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(
@@ -78,12 +131,14 @@ def interleaved(
     device: str = "cpu",
     clock: str = "wall",
     quiet: Quiet | None = None,
+    seconds: float = float("inf"),
 ) -> dict[Name, list[float]]:
     """Seconds per call of each provider: `rounds` rounds over all of them, in a fresh order each, after one warm-up.
 
     clock: "wall", or "cpu", the time of all threads of this process, for a machine that others keep busy. Set
         OMP_WAIT_POLICY=passive then: threads that spin while they wait take time too.
     quiet: where given, calls wait for the other processes, and are repeated where those came back.
+    seconds: a provider that has taken so long in all is left out of the rounds after the third.
     """
     for call in providers.values():
         call()
@@ -92,18 +147,17 @@ def interleaved(
     shuffler = random.Random(0)
     for _ in range(rounds):
         shuffler.shuffle(order)
+        gc.collect()  # and not within a call: a round leaves too little behind for it
         for name in order:
+            if len(times[name]) >= 3 and sum(times[name]) > seconds:
+                continue
             while True:
-                gc.collect()
                 synchronize(device)
                 others = None if quiet is None else quiet.wait()
-                start = CLOCKS[clock]()
-                providers[name]()
-                synchronize(device)
-                seconds = CLOCKS[clock]() - start
+                found = timed(providers[name], device, clock)
                 if quiet is None or others is None or (others() or 0) <= quiet.cores:
                     break
-            times[name].append(seconds)
+            times[name].append(found)
     return times
 
 
@@ -126,6 +180,28 @@ def high_water() -> int:
 def restart_high_water() -> None:
     """The high-water mark starts again from what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """Most bytes that a call holds beyond what there was before it, its results included.
+
+    CUDA: the allocator's. CPU: resident ones of the process; for small calls only a process of its own is exact
+    (`peak_memory`).
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide as much of this one
+    restart_high_water()
+    before = resident()
+    call()
+    return high_water() - before
 
 
 def cores_of_others() -> Callable[[], float | None]:
@@ -164,19 +240,7 @@ def _measure_memory(build: Callable[..., Callable[[], Any]], arguments: tuple[An
     try:
         torch.manual_seed(0)
         call = build(*arguments)
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            out.put((torch.cuda.max_memory_allocated() - before, None))
-            return
-        gc.collect()
-        restart_high_water()
-        before = resident()
-        call()
-        out.put((high_water() - before, None))
+        out.put((peak_bytes(call, device), None))
     except Exception as error:
         out.put((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
@@ -208,27 +272,38 @@ def peak_memory(
         process.join()
 
 
-def append_rows(bench: str, device: str, rows: list[dict[str, Any]]) -> Path:
+STAMP: dict[str, Callable[[], str]] = {
+    "date": lambda: date.today().isoformat(),
+    "commit": commit,
+    "versions": versions,
+    "command": lambda: " ".join(["python", *(Path(a).name if os.sep in a else a for a in sys.argv)]),  # no folders
+}
+
+
+def append_rows(
+    bench: str, device: str, rows: list[dict[str, Any]], *, folder: Path | None = None, **known: str
+) -> Path:
     """Append rows to results/<device>/<bench>.csv with commit, versions, date and command. Columns may grow, never
-    vanish."""
-    folder = ROOT / "results" / device_name(device)
+    vanish; a file is replaced whole, so that an interruption leaves the old one.
+
+    folder: instead of results/<device>. known: what to write instead of what is found out here.
+    """
+    folder = ROOT / "results" / device_name(device) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{bench}.csv"
-    stamp = {
-        "date": date.today().isoformat(), "commit": commit(), "versions": versions(),
-        "command": " ".join(["python", *(Path(a).name if os.sep in a else a for a in sys.argv)]),  # no folders
-    }  # fmt: skip
+    stamp = known | {name: text() for name, text in STAMP.items() if name not in known}
     old: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             old = list(csv.DictReader(file))
     everything = old + [row | stamp for row in rows]
     columns = list(dict.fromkeys(key for row in everything for key in row))
-    with path.open("w", newline="") as file:
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(everything)
-    return path
+    return new.replace(path)
 
 
 def say(**figures: Any) -> None:

@@ -24,33 +24,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
+import heads
+from heads import behind, ours
+from inputs import Inputs
 from shapes import CPU, CUDA, Shape
 
 TASKS = ("logps", "loss", "pairs", "pairs-large", "frozen", "half")
-
-
-class Inputs:
-    """Leaves of one call. `pairs` sequences of equal length, chosen first; `pairs` is 0 where the task has none."""
-
-    def __init__(self, task: str, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        g = torch.Generator(device).manual_seed(0)
-        N, H, V = shape
-        self.hidden = torch.randn(N, H, device=device, dtype=dtype, generator=g).requires_grad_()
-        self.weight = torch.empty(V, H, device=device, dtype=dtype).normal_(0, 0.05, generator=g)
-        self.weight.requires_grad_(task != "frozen")
-        self.targets = torch.randint(0, V, (N,), device=device, generator=g)
-        if task.startswith("half"):
-            self.targets[::2] = -100
-        self.upstream = torch.randn(N, device=device, generator=g)
-        self.pairs = pair_count(task, shape, device, dtype)
-        self.ref_logps = torch.randn(2 * self.pairs, device=device, generator=g)
-
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
-    @property
-    def padded(self) -> tuple[Tensor, Tensor]:
-        return self.hidden.view(2 * self.pairs, -1, self.hidden.shape[1]), self.targets.view(2 * self.pairs, -1)
 
 
 def pair_count(task: str, shape: Shape, device: str, dtype: torch.dtype) -> int:
@@ -66,105 +45,30 @@ def pair_count(task: str, shape: Shape, device: str, dtype: torch.dtype) -> int:
     return pairs
 
 
-def naive_logps(i: Inputs) -> Tensor:
-    logits = (i.hidden @ i.weight.T).float()
-    return torch.log_softmax(logits, -1).gather(1, i.targets.clamp(min=0)[:, None])[:, 0] * (i.targets != -100)
-
-
-def trl_logps(i: Inputs) -> Tensor:
-    from trl.trainer.utils import _ChunkedLogProbFunction
-
-    keep = (i.targets != -100).nonzero()[:, 0]
-    logps = _ChunkedLogProbFunction.apply(i.hidden[keep], i.weight, None, i.targets[keep], 1.0, 8192, None, 1.0, ())[0]
-    return torch.zeros_like(i.upstream).index_copy(0, keep, logps)
-
-
-def cce(i: Inputs, reduction: str) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    impl = "torch_compile" if i.hidden.device.type == "cpu" else "cce"
-    return linear_cross_entropy(i.hidden, i.weight, i.targets, reduction=reduction, impl=impl)
-
-
-def ours_logps(i: Inputs, schedule: str) -> Tensor:
-    from fastalign import linear_logps
-
-    return linear_logps(i.hidden, i.weight, i.targets, schedule=schedule).logps
-
-
-def ours_loss(i: Inputs, schedule: str) -> Tensor:
-    from fastalign import linear_cross_entropy
-
-    return linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum", schedule=schedule).loss
-
-
-def torch_loss(i: Inputs) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum")
-
-
-def naive_loss(i: Inputs) -> Tensor:
-    return torch.nn.functional.cross_entropy((i.hidden @ i.weight.T).float(), i.targets, reduction="sum")
-
-
-def liger_loss(i: Inputs) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="sum")
-
-
-def naive_pairs(i: Inputs) -> Tensor:
-    from fastalign.losses import dpo_loss
-
-    logps = naive_logps(i).view(2 * i.pairs, -1).sum(1)
-    return dpo_loss(*logps.chunk(2), *i.ref_logps.chunk(2)).loss
-
-
-def ours_pairs(i: Inputs, schedule: str) -> Tensor:
-    from fastalign import linear_dpo_loss
-
-    hidden, targets = i.padded
-    return linear_dpo_loss(hidden, i.weight, targets, ref_logps=i.ref_logps, schedule=schedule).loss
-
-
-def liger_pairs(i: Inputs) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    hidden, targets = i.padded
-    return LigerFusedLinearDPOLoss(use_ref_model=False, compiled=False)(i.weight, hidden, targets)[0]
-
-
-def with_upstream(logps: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
-    return lambda i: (logps(i) * i.upstream).sum()
-
-
-LOGPS: dict[str, Callable[[Inputs], Tensor]] = {
-    "naive": with_upstream(naive_logps),
-    "trl": with_upstream(trl_logps),
-    "cce": with_upstream(lambda i: -cce(i, "none")),
-}
+LOGPS = {name: behind("logps", heads.LOGPS[name]) for name in ("naive", "trl", "cce")}
+SFT, DPO = (heads.peers(task) for task in ("sft", "dpo"))
 PROVIDERS: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
     "logps": LOGPS
     | {
-        "fastalign deferred": with_upstream(lambda i: ours_logps(i, "deferred")),
-        "fastalign auto": with_upstream(lambda i: ours_logps(i, "auto")),
+        "fastalign deferred": ours("logps", schedule="deferred"),
+        "fastalign auto": ours("logps"),
     },
     "loss": {
-        "naive": naive_loss, "torch linear_cross_entropy": torch_loss, "liger": liger_loss,
-        "cce": lambda i: cce(i, "sum"),
-        "fastalign streamed": lambda i: ours_loss(i, "streamed"),
-        "fastalign auto": lambda i: ours_loss(i, "auto"),
+        **{name: SFT[name] for name in ("naive", "torch linear_cross_entropy", "liger", "cce")},
+        "fastalign streamed": ours("sft", schedule="streamed"),
+        "fastalign auto": ours("sft"),
     },
     "pairs": {
-        "naive": naive_pairs, "liger": liger_pairs,
-        "fastalign streamed": lambda i: ours_pairs(i, "streamed"),
-        "fastalign auto": lambda i: ours_pairs(i, "auto"),
+        **{name: DPO[name] for name in ("naive", "liger")},
+        "fastalign streamed": ours("dpo", schedule="streamed"),
+        "fastalign auto": ours("dpo"),
     },
-    "frozen": LOGPS | {"fastalign frozen": with_upstream(lambda i: ours_logps(i, "auto"))},
+    "frozen": LOGPS | {"fastalign frozen": ours("frozen")},
     "half": {
-        "fastalign deferred": with_upstream(lambda i: ours_logps(i, "deferred")),
-        "fastalign streamed": lambda i: ours_loss(i, "streamed"),
+        "fastalign deferred": ours("logps", schedule="deferred"),
+        "fastalign streamed": ours("sft", schedule="streamed"),
     },
-}  # fmt: skip
+}
 PROVIDERS["pairs-large"] = PROVIDERS["pairs"]
 GEMMS = {"logps": 4, "loss": 3, "pairs": 3, "pairs-large": 4, "frozen": 2, "half": 3}
 
@@ -182,9 +86,15 @@ def gemms(task: str, provider: str, shape: Shape, device: str, dtype: torch.dtyp
     ).gemms  # fmt: skip
 
 
+def inputs_of(task: str, shape: Shape, device: str, dtype: torch.dtype, pairs: int) -> Inputs:
+    fraction = 0.5 if task == "half" else 1.0
+    found = Inputs(shape, device, dtype, sequences=max(1, 2 * pairs), fraction=fraction, frozen=task == "frozen")
+    return found.prepare("dpo") if pairs else found
+
+
 def build(task: str, provider: str, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], Any]:
     """One call, forward and backward, on fresh gradients."""
-    inputs = Inputs(task, shape, device, dtype)
+    inputs = inputs_of(task, shape, device, dtype, pair_count(task, shape, device, dtype))
     loss = PROVIDERS[task][provider]
 
     def call() -> None:
@@ -196,11 +106,8 @@ def build(task: str, provider: str, shape: Shape, device: str, dtype: torch.dtyp
 
 def warmed(task: str, provider: str, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], Any]:
     """`build` after one call at a smaller size, so that compilers and libraries have allocated what they keep."""
-    small = Shape(max(64, 4 * pair_count(task, shape, device, dtype)), shape.H, 1024)
     try:
-        warm = Inputs(task if not task.startswith("pairs") else "loss", small, device, dtype)
-        warm.pairs = 1 if task.startswith("pairs") else 0
-        warm.ref_logps = torch.zeros(2 * warm.pairs, device=device)
+        warm = inputs_of(task, Shape(64, shape.H, 1024), device, dtype, int(task.startswith("pairs")))
         PROVIDERS[task][provider](warm).backward()
     except Exception as error:  # the real call will say what is wrong
         print(f"{provider}: warm-up failed: {error}", file=sys.stderr)

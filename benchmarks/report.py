@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import report_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: begin; written by benchmarks/report.py -->"
@@ -147,6 +151,7 @@ def block() -> str:
             path = device / f"{name}.csv"
             if path.exists():
                 lines += render(path)
+        lines += report_suite.lines(device)
     return "\n".join(lines).strip()
 
 

@@ -8,21 +8,31 @@ tensors one by one. With z = in_scale·(u + b), or out_scale·tanh(in_scale·(u 
     row_grad_bwd     ∂L/∂u = G·dz/du,  G_v = p_v·(base − entropy_coef·log p_v),  G_y = target_coef
     row_exp_fwd      exp(z − max) in 16 bits, from which row_grad_bwd can start too (EXP_TILE): p = E·exp(−log_sum)
 
-Work and traffic per logit, and the floor for 8192 × 131072 logits at the 4.3 TB/s an H200 sustains:
+Work per logit, instructions counted in the main loops that Triton 3.9 makes for sm_90, and what they come to for 8192 ×
+131072 logits on an H200 (132 multiprocessors at 1.75 GHz: 128 instructions or 16 exp a clock each; 4.3 TB/s):
 
-    row_stats   4 B read                               8 FLOP + 1 exp (+ 4 with entropy, + 25 with softcap)      1.0 ms
-    row_grad    4 B read, 4 B written (or 2 B)         6 FLOP + 1 exp                                   2.0 ms (1.5 ms)
-    EXP_TILE    2 B read, 2 B written                  1 FLOP                                                    1.0 ms
-    row_exp     4 B read, 2 B written                  2 FLOP + 1 exp                                            1.5 ms
+    kernel                        bytes             instructions   exp    memory     issue     exp
+    row_stats                     4 read            10.2           1      1.0 ms     0.37 ms   0.29 ms
+      + entropy, or top-1, or Σp² 4 read            12 to 13       1      1.0 ms     0.47 ms   0.29 ms
+      with a softcap              4 read            33             3      1.0 ms     1.2 ms    0.9 ms
+    row_grad in 16 bits           4 read, 2 written 10.3           1      1.5 ms     0.37 ms   0.29 ms
+    row_grad in float32           4 read, 4 written 11.1           1      2.0 ms     0.4 ms    0.29 ms
+    row_grad, EXP_TILE            2 read, 2 written 4.6            0      1.0 ms     0.17 ms
+    row_exp                       4 read, 2 written 8.6            1      1.5 ms     0.31 ms   0.29 ms
 
-One exponential a logit is a third of what the special-function units deliver in that time, so memory is the limit.
-Every logit is read once (the target's four bytes twice) and written once. Rows whose coefficients are all zero are
-not read at all: their gradient is 0, whatever the logits hold.
+So memory is the limit, but for statistics under a softcap. The figures are counts; no device has confirmed them. A
+logit is read once (the target's four bytes twice) and written once. Rows whose coefficients are all zero are not read
+at all: their gradient is 0, whatever the logits hold. Where in_scale is 1 there is no multiplication by it.
 
-One program per row, on grid x (limit 2^31 − 1). A row is never split over programs: then its sums would be taken in
-an order that depends on how many rows there are, and equal rows would stop giving equal results. So few rows leave
-multiprocessors idle. Any strides are correct; speed wants a column stride of 1, and 16-byte accesses want row strides
-that are multiples of 16 elements.
+One program per row, on grid x (limit 2^31 − 1), and no split of a row over programs: for fewer than about 132·3 rows
+some multiprocessors idle (64 rows take about 40 µs, the GEMM before them reads its weight for 250). A split by columns
+would have to be the same for any number of rows, or equal rows would stop giving equal results, and a narrower
+gradient could not go over its tile. `csrc/cuda` has one, over clusters.
+
+What latency needs (20 to 30 KB of loads in flight a multiprocessor) comes from 4 to 6 programs of 256 threads with
+the next block's 16 KiB each on the way. Any strides are correct; speed wants a column stride of 1, and 16-byte accesses
+want row strides that are multiples of 16 elements, whatever the width. For rows that start elsewhere a shifted walk
+would align them, and give a row other sums in another place of the tile; so they are read 4 bytes at a time.
 
 Launchers check what would corrupt memory (how `out` overlaps `tile`); shapes and dtypes are checked by the ops that
 call them.
@@ -34,125 +44,90 @@ import triton.language as tl
 from torch import Tensor
 
 from ._alias import narrow_alias
-from ._online import logits, merge, reduce_block, tanh_and_slope
-from ._tiles import row_tiles
+from ._online import logits, merge
+from ._rows import output_at, row_state, write_gradient, write_zeros
+from ._tiles import RowTiles, row_tiles
+
+THREADS_PER_WARP = 64 if torch.version.hip else 32
 
 
 @triton.jit
 def _row_stats_kernel(
     tile_ptr, bias_ptr, targets_ptr, values_ptr, argmax_ptr,
     n, v, v0, stride_tn, stride_tv, stride_b, in_scale: tl.float32, out_scale: tl.float32,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr, SUM_Z: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, SUM_SQ: tl.constexpr,
+    SUM_Z: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
-    tile_ptrs = tile_ptr + row * stride_tn  # (1,), like everything that belongs to the row
-    values_ptrs = values_ptr + row
-    lanes = tl.arange(0, BLOCK)[None, :]
-
-    m = tl.load(values_ptrs)
-    s = tl.load(values_ptrs + n)
-    ent, sq, sz = s, s, s
-    arg = tl.zeros([1], tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    tile_ptr += row * stride_tn
+    values_ptr += row
+    m2, s2, ent2, sq2, sz2, arg2 = row_state(
+        tile_ptr, bias_ptr, v, stride_tv, stride_b, in_scale, out_scale, SCALED, SOFTCAP, ENTROPY, TOP1, SUM_SQ, SUM_Z,
+        BLOCK, LANES,
+    )  # fmt: skip
+    m = tl.load(values_ptr)
+    s = tl.load(values_ptr + n)
+    ent, sq, sz, arg = s, s, s, row
     if ENTROPY:
-        ent = tl.load(values_ptrs + 3 * n)
+        ent = tl.load(values_ptr + 3 * n)
     if SUM_SQ:
-        sq = tl.load(values_ptrs + 4 * n)
+        sq = tl.load(values_ptr + 4 * n)
     if SUM_Z:
-        sz = tl.load(values_ptrs + 5 * n)
+        sz = tl.load(values_ptr + 5 * n)
     if TOP1:
         arg = tl.load(argmax_ptr + row)
-
-    for start in range(0, v, BLOCK):
-        cols = start + lanes
-        here = cols < v
-        u = tl.load(tile_ptrs[:, None] + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
-        z = logits(u, bias, in_scale, out_scale, SOFTCAP)
-        m2, s2, ent2, sq2, sz2, arg2 = reduce_block(z, cols, v, ENTROPY, TOP1, SUM_SQ, SUM_Z)
-        m, s, ent, sq, sz, arg = merge(
-            m, s, ent, sq, sz, arg, m2, s2, ent2, sq2, sz2, arg2.to(tl.int64) + v0, ENTROPY, TOP1, SUM_SQ, SUM_Z
-        )
-
-    tl.store(values_ptrs, m)
-    tl.store(values_ptrs + n, s)
+        arg2 = arg2.to(tl.int64) + v0
+    m, s, ent, sq, sz, arg = merge(m, s, ent, sq, sz, arg, m2, s2, ent2, sq2, sz2, arg2, ENTROPY, TOP1, SUM_SQ, SUM_Z)
+    tl.store(values_ptr, m)
+    tl.store(values_ptr + n, s)
     if ENTROPY:
-        tl.store(values_ptrs + 3 * n, ent)
+        tl.store(values_ptr + 3 * n, ent)
     if SUM_SQ:
-        tl.store(values_ptrs + 4 * n, sq)
+        tl.store(values_ptr + 4 * n, sq)
     if SUM_Z:
-        tl.store(values_ptrs + 5 * n, sz)
+        tl.store(values_ptr + 5 * n, sz)
     if TOP1:
         tl.store(argmax_ptr + row, arg)
 
     # The same operations on the same float32 give the same z_y as in the loop above, so z_y ≤ max.
     y = tl.load(targets_ptr + row) - v0
-    inside = (y >= 0) & (y < v)
-    u_y = tl.load(tile_ptrs + y * stride_tv, mask=inside, other=0.0).to(tl.float32)
-    bias_y = None
-    if bias_ptr is not None:
-        bias_y = tl.load(bias_ptr + y * stride_b, mask=inside, other=0.0).to(tl.float32)
-    tl.store(values_ptrs + 2 * n, logits(u_y, bias_y, in_scale, out_scale, SOFTCAP), mask=inside)
+    z_y = logits(
+        output_at(tile_ptr, bias_ptr, y, v, stride_tv, stride_b), None, in_scale, out_scale, SOFTCAP, SCALED
+    )  # fmt: skip
+    tl.store(values_ptr + 2 * n, z_y, mask=(y >= 0) & (y < v))
 
 
 @triton.jit
 def _row_grad_kernel(
     tile_ptr, bias_ptr, targets_ptr, max_ptr, log_sum_ptr, base_ptr, target_coef_ptr, entropy_coef_ptr, out_ptr,
     v, v0, stride_tn, stride_tv, stride_on, stride_ov, stride_b, in_scale: tl.float32, out_scale: tl.float32,
-    SOFTCAP: tl.constexpr, EXP_TILE: tl.constexpr, NARROW_ALIAS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, EXP_TILE: tl.constexpr, NARROW_ALIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile_ptr += row * stride_tn
     out_ptr += row * stride_on
-    lanes = tl.arange(0, BLOCK)
     y = tl.load(targets_ptr + row) - v0
-    y = tl.where((y >= 0) & (y < v), y, -1).to(tl.int32)  # comparing every column with 64 bits would cost twice
     log_sum = tl.load(log_sum_ptr + row)
     base = tl.load(base_ptr + row)
     target_coef = tl.load(target_coef_ptr + row)
     live = (base != 0) | (target_coef != 0)
+    entropy_coef = None
     if entropy_coef_ptr is not None:
         entropy_coef = tl.load(entropy_coef_ptr + row)
         live = live | (entropy_coef != 0)
 
     if live:
-        if EXP_TILE:
-            factor = tl.exp(-log_sum) * base
-        else:
+        row_max = log_sum
+        if not EXP_TILE:
             row_max = tl.load(max_ptr + row)
-        for start in range(0, v, BLOCK):
-            cols = start + lanes
-            here = cols < v
-            u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
-            if bias_ptr is not None:
-                u += tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
-            if NARROW_ALIAS:
-                tl.debug_barrier()  # see row_grad_bwd
-            if EXP_TILE:
-                grad = u * factor
-                slope = in_scale
-            else:
-                z = u * in_scale
-                slope = in_scale
-                if SOFTCAP:
-                    z, sech2 = tanh_and_slope(z)
-                    z *= out_scale
-                    slope = sech2 * (in_scale * out_scale)
-                logp = (z - row_max) - log_sum
-                grad = tl.exp(logp)
-                if entropy_coef_ptr is not None:
-                    grad = tl.where(grad > 0, grad * (base - entropy_coef * logp), grad)  # z = −inf: 0, not 0·∞
-                else:
-                    grad *= base
-            grad = tl.where(cols == y, target_coef, grad) * slope
-            tl.store(out_ptr + cols.to(tl.int64) * stride_ov, grad.to(out_ptr.dtype.element_ty), mask=here)
+        u_y = output_at(tile_ptr, bias_ptr, y, v, stride_tv, stride_b)
+        write_gradient(
+            tile_ptr, bias_ptr, out_ptr, y, u_y, row_max, log_sum, base, target_coef, entropy_coef, v, stride_tv,
+            stride_ov, stride_b, in_scale, out_scale, SCALED, SOFTCAP, EXP_TILE, NARROW_ALIAS, BLOCK,
+        )  # fmt: skip
     else:
-        for start in range(0, v, BLOCK):
-            cols = start + lanes
-            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-            tl.store(out_ptr + cols.to(tl.int64) * stride_ov, zeros, mask=cols < v)
+        write_zeros(out_ptr, v, stride_ov, BLOCK)
 
 
 @triton.jit
@@ -166,17 +141,28 @@ def _row_exp_kernel(
     out_ptr += row * stride_on
     lanes = tl.arange(0, BLOCK)
     row_max = tl.load(max_ptr + row)
-    for start in range(0, v, BLOCK):
-        cols = start + lanes
-        here = cols < v
-        u = tl.load(tile_ptr + cols.to(tl.int64) * stride_tv, mask=here, other=0.0).to(tl.float32)
+    whole = v // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        cols = (start + lanes).to(tl.int64)
+        u = tl.load(tile_ptr + cols * stride_tv).to(tl.float32)
         bias = None
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + cols.to(tl.int64) * stride_b, mask=here, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + cols * stride_b).to(tl.float32)
         if NARROW_ALIAS:
             tl.debug_barrier()  # see row_grad_bwd
         e = tl.exp(logits(u, bias, in_scale, out_scale, SOFTCAP) - row_max)
-        tl.store(out_ptr + cols.to(tl.int64) * stride_ov, e.to(out_ptr.dtype.element_ty), mask=here)
+        tl.store(out_ptr + cols * stride_ov, e.to(out_ptr.dtype.element_ty))
+    if whole < v:
+        cols = (whole + lanes).to(tl.int64)
+        here = cols < v
+        u = tl.load(tile_ptr + cols * stride_tv, mask=here, other=0.0).to(tl.float32)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols * stride_b, mask=here, other=0.0).to(tl.float32)
+        if NARROW_ALIAS:
+            tl.debug_barrier()
+        e = tl.exp(logits(u, bias, in_scale, out_scale, SOFTCAP) - row_max)
+        tl.store(out_ptr + cols * stride_ov, e.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def row_stats_fwd(
@@ -194,6 +180,7 @@ def row_stats_fwd(
     top1: bool = False,
     sum_sq: bool = False,
     sum_z: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Fold a tile into the running state of its rows. Slabs come in ascending order of v0.
 
@@ -202,13 +189,13 @@ def row_stats_fwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_stats_kernel[(n,)](
             tile, bias, targets.contiguous(), values, argmax if top1 else None,
             n, v, v0, tile.stride(0), tile.stride(1), _stride(bias), float(in_scale), float(out_scale),
-            SOFTCAP=softcap, ENTROPY=entropy, TOP1=top1, SUM_SQ=sum_sq, SUM_Z=sum_z, BLOCK=tiles.block,
-            num_warps=tiles.num_warps, enable_fp_fusion=False,
+            SCALED=softcap or in_scale != 1, SOFTCAP=softcap, ENTROPY=entropy, TOP1=top1, SUM_SQ=sum_sq, SUM_Z=sum_z,
+            BLOCK=tiles.block, LANES=lanes(tiles), num_warps=tiles.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -228,6 +215,7 @@ def row_grad_bwd(
     out_scale: float = 1.0,
     softcap: bool = False,
     exp_tile: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Write ∂L/∂u of a tile to `out`, rounded once. `out` may be the tile, or a 16-bit view of the first half of each
     tile row.
@@ -248,15 +236,15 @@ def row_grad_bwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_grad_kernel[(n,)](
             tile, bias, targets.contiguous(), max, log_sum.contiguous(), base.contiguous(), target_coef.contiguous(),
             None if entropy_coef is None else entropy_coef.contiguous(), out,
             v, v0, tile.stride(0), tile.stride(1), out.stride(0), out.stride(1), _stride(bias),
             float(in_scale), float(out_scale),
-            SOFTCAP=softcap, EXP_TILE=exp_tile, NARROW_ALIAS=narrow_alias(tile, out), BLOCK=tiles.block,
-            num_warps=tiles.num_warps, enable_fp_fusion=False,
+            SCALED=softcap or in_scale != 1, SOFTCAP=softcap, EXP_TILE=exp_tile,
+            NARROW_ALIAS=narrow_alias(tile, out), BLOCK=tiles.block, num_warps=tiles.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -269,6 +257,7 @@ def row_exp_fwd(
     in_scale: float = 1.0,
     out_scale: float = 1.0,
     softcap: bool = False,
+    tiles: RowTiles | None = None,
 ) -> None:
     """Write exp(z − max) of a tile to `out`, rounded once; `out` may overlap the tile as in row_grad_bwd.
 
@@ -278,7 +267,7 @@ def row_exp_fwd(
     n, v = tile.shape
     if n == 0 or v == 0:
         return
-    tiles = row_tiles(v)
+    tiles = tiles or row_tiles(v)
     with torch.cuda.device_of(tile):
         _row_exp_kernel[(n,)](
             tile, bias, max.contiguous(), out,
@@ -287,6 +276,11 @@ def row_exp_fwd(
             SOFTCAP=softcap, NARROW_ALIAS=narrow_alias(tile, out), BLOCK=tiles.block,
             num_warps=tiles.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def lanes(tiles: RowTiles, threads_per_warp: int = THREADS_PER_WARP) -> int:
+    """Running states of a row: one a thread, of columns that it reads four at a time."""
+    return min(threads_per_warp * tiles.num_warps, max(1, tiles.block // 4))
 
 
 def _stride(bias: Tensor | None) -> int:

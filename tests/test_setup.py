@@ -53,6 +53,51 @@ def test_a_failed_compilation_shows_what_the_compiler_says_and_removes_the_stale
     assert not stale.exists()
 
 
+@pytest.fixture
+def toolkit(checkout: Path) -> Path:
+    """A CUDA_HOME whose nvcc knows sm_90 alone, notes its arguments, and builds nothing where `broken` exists."""
+    (checkout / "csrc/cuda").mkdir()
+    (checkout / "csrc/cuda/kernel.cu").write_text("")
+    home = checkout / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text(
+        f"""#!/bin/sh
+[ "$1" = --list-gpu-arch ] && echo compute_90 && exit
+echo "$*" >> {home}/calls
+[ -e {home}/broken ] && echo "this is not CUDA" >&2 && exit 1
+while [ "$1" != -o ]; do shift; done
+touch "$2"
+"""
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+def test_the_cuda_kernels_are_built_where_they_are_asked_for(checkout, toolkit):
+    result = build(checkout, CUDA_HOME=str(toolkit), FASTALIGN_BUILD_CUDA="1", FASTALIGN_BUILD_EXT="0")
+    assert result.returncode == 0, result.stderr
+    (call,) = (toolkit / "calls").read_text().splitlines()
+    assert "-fmad=false" in call, "a log-prob may come out above zero"
+    assert "code=[sm_90,compute_90]" in call
+    assert "sm_100" not in call
+    assert "torch" not in call.replace(str(checkout), "")
+    assert list((checkout / "kernels").glob("_cuda.*"))
+
+
+def test_cuda_kernels_that_are_asked_for_and_do_not_compile_fail_the_build(checkout, toolkit):
+    (toolkit / "broken").touch()
+    result = build(checkout, CUDA_HOME=str(toolkit), FASTALIGN_BUILD_CUDA="1", FASTALIGN_BUILD_EXT="0")
+    assert result.returncode != 0
+    assert "nvcc failed: this is not CUDA" in result.stderr
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has a GPU to build for")
+def test_an_nvcc_without_a_gpu_does_not_slow_an_installation(checkout, toolkit):
+    build(checkout, CUDA_HOME=str(toolkit), FASTALIGN_BUILD_EXT="0")
+    assert not (toolkit / "calls").exists()
+
+
 def test_building_does_not_require_torch():
     """A torch requirement here would fetch gigabytes into every isolated build environment."""
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]

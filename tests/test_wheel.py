@@ -66,6 +66,7 @@ def sources() -> set[str]:
     """What the wheel is made of, under its installed names."""
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "fastalign").rglob("*.py")}
     kernels = {f"fastalign/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels |= {f"fastalign/kernels/tiles/{path.name}" for path in (ROOT / "kernels/tiles").glob("*.json")}
     return package | kernels | {"fastalign/py.typed"}
 
 
@@ -110,6 +111,7 @@ def test_the_sdist_holds_what_a_build_needs_and_no_more(sdist):
     code = {
         str(path.relative_to(ROOT)) for folder in ("fastalign", "kernels") for path in (ROOT / folder).rglob("*.py")
     }
+    code |= {str(path.relative_to(ROOT)) for path in (ROOT / "kernels/tiles").glob("*.json")}
     code |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     about = {"pyproject.toml", "setup.py", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE", "CHANGELOG.md"}
     made = {name for name in names if name.startswith("fastalign.egg-info/")} | {"PKG-INFO", "setup.cfg"}

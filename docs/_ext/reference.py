@@ -151,7 +151,7 @@ def results() -> str:
     """The README's block of measurements."""
     text = (ROOT / "README.md").read_text()
     block = re.search(r"<!-- results: begin.*?-->(.*?)<!-- results: end -->", text, re.DOTALL)[1]
-    return re.sub(r"^###", "##", block, flags=re.MULTILINE)
+    return re.sub(r"^###", "##", block, flags=re.MULTILINE).replace("](benchmarks/", "](../benchmarks/")
 
 
 def unlisted() -> str:

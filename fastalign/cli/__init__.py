@@ -1,6 +1,7 @@
 """The `fastalign` command.
 
-Exit status: 0; 2 for bad usage or input (one line on stderr, no traceback); 1 for a failure; 130 after Ctrl-C.
+Exit status: 0; 2 for bad usage or input (one line on stderr, no traceback); 1 for a failure; 130 after Ctrl-C;
+143 after SIGTERM. The first of these two lets a training step finish and be saved, the second is obeyed at once.
 A command is a module with `run(argv)`, imported when it is asked for, so that help and typos are answered at once.
 """
 
@@ -11,7 +12,7 @@ import os
 import sys
 import traceback
 
-from fastalign.cli.flags import Failure, UsageError, suggestion
+from fastalign.cli.flags import Failure, Stopped, UsageError, suggestion
 
 COMMANDS = {
     "demo": "train a tiny model on a built-in language: SFT, DPO, length-penalised DPO, a reward model, PPO",
@@ -22,7 +23,8 @@ COMMANDS = {
     "ppo": "train a policy on its own completions, scored by reward models or functions",
     "cache": "build, inspect or verify a cache of reference log-probs",
     "plan": "predict the memory and work of a training step from its settings, before it runs",
-    "bench": "measure a few training steps beside what was planned for them",
+    "bench": "measure a few training steps beside what was planned for them; tune the GPU kernels",
+    "doctor": "check the identities that must hold on a run's own model, data and backends, before it starts",
     "env": "print versions, devices and backends, and why one is unavailable",
 }
 
@@ -51,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as interrupt:
         return _report(command, f"interrupted{'; ' if str(interrupt) else ''}{interrupt}", 130, show_traceback)
+    except Stopped as stopped:
+        return _report(command, f"stopped by SIGTERM; {stopped}", 143, show_traceback)
     except Failure as failure:
         return _report(command, f"failed: {failure}", 1, show_traceback)
     except BrokenPipeError:  # the reader of our output went away: `fastalign env | head`
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _report(command, f"error: {error}", 2, show_traceback)
+    except OSError as error:  # a full disk, say
+        return _report(command, f"failed: {error}", 1, show_traceback)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
             return _report(command, f"failed: out of memory: {error}", 1, show_traceback)

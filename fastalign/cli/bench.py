@@ -1,4 +1,4 @@
-"""`fastalign bench step`: a few real steps of a run, beside what was planned for them."""
+"""`fastalign bench step`: a few real steps of a run, beside what was planned for them; `bench tune`: cli/tune.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from fastalign.cli.flags import Failure, UsageError, suggestion
 from fastalign.cli.plan import OWN_FLAGS, read_order
 
 HELP = f"""usage: fastalign bench step --config FILE.yaml [--NAME VALUE ...]
+       fastalign bench tune [--kernels NAME ...] [--output FILE]
 
-  Train a few steps with the settings of `fastalign dpo` (or sft, reward, pro, ppo) in a process of its own, with random
-  weights of the model's shape and the heaviest batch of the data; print peak memory and time beside the plan.
+  tune: find the fastest tile sizes of the GPU kernels on this machine's GPU; `fastalign bench tune --help`.
+
+  step: train a few steps with the settings of `fastalign dpo` (or sft, reward, pro, ppo) in a process of its own, with
+  random weights of the model's shape and the heaviest batch of the data; print peak memory and time beside the plan.
 
 {OWN_FLAGS}  --steps N
         steps to run, 4 by default; the first warms up
@@ -19,11 +22,11 @@ HELP = f"""usage: fastalign bench step --config FILE.yaml [--NAME VALUE ...]
   --json
         print JSON instead of a table
 """
-_ACTIONS = ("step",)
+_ACTIONS = ("step", "tune")
 
 
 def run(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help") or argv[1:] in (["-h"], ["--help"]):
+    if not argv or argv[0] in ("-h", "--help") or argv == ["step", "-h"] or argv == ["step", "--help"]:
         print(HELP, end="")
         if not argv:
             raise UsageError(f"an action is needed: {', '.join(_ACTIONS)}")
@@ -31,6 +34,10 @@ def run(argv: list[str]) -> None:
     action, *rest = argv
     if action not in _ACTIONS:
         raise UsageError(f"unknown action {action!r}{suggestion(action, _ACTIONS)}; there are {', '.join(_ACTIONS)}")
+    if action == "tune":
+        from fastalign.cli import tune
+
+        return tune.run(rest)
     order = read_order(rest, ("trainer", "tokens", "steps", "device", "json"), "bench step")
     if order is None:
         return

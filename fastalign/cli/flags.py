@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,10 @@ class UsageError(ValueError):
 
 class Failure(Exception):
     """A command did its work and the answer is no: one line, exit status 1."""
+
+
+class Stopped(Exception):
+    """SIGTERM ended a command before its work was done: one line, exit status 143."""
 
 
 class Raw(NamedTuple):
@@ -85,9 +90,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         """SafeLoader lets the last of two equal keys win; here that is an error."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            if twice := {key for key in keys if keys.count(key) > 1}:
-                raise UsageError(f"{path}: {', '.join(sorted(twice))} is given twice")
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := sorted(key for key, count in keys.items() if count > 1):
+                raise UsageError(f"{path}: {', '.join(twice)} is given twice")
             return super().construct_mapping(node, deep)
 
     try:
@@ -98,6 +103,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: not a UTF-8 text file") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UsageError:
+        raise
+    except RecursionError as error:
+        raise UsageError(f"{path}: nested too deep") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        # of the loader's own conversions: a date with a 13th month, `!!int ""`, `!!bool maybe`, `!!timestamp now`
+        raise UsageError(f"{path}: a value is not what it is written as ({' '.join(str(error).split())})") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 import shutil
 import textwrap
 import typing
@@ -18,6 +19,9 @@ from typing import Any
 
 from fastalign.cli.flags import Raw, UsageError
 from fastalign.cli.values import Mismatch, alternatives, coerce, describe, takes_many
+
+_SHOWN = reprlib.Repr()  # aliases can make gigabytes of a few lines of YAML: values are shown in part
+_SHOWN.maxlevel, _SHOWN.maxstring = 2, 80
 
 CONFIG_FILE = "fastalign_config.yaml"
 
@@ -50,7 +54,8 @@ def _typed_one(name: str, setting: Raw, hint: Any, field: dataclasses.Field[Any]
     except Mismatch as error:
         detail = f" ({error})" if str(error) else ""
         hint_quotes = "; put it in quotes" if accepted.startswith("text") and not isinstance(value, str) else ""
-        raise UsageError(f"{where}: {value!r} cannot be taken{detail}; accepted: {accepted}{hint_quotes}") from error
+        shown = _SHOWN.repr(value)
+        raise UsageError(f"{where}: {shown} cannot be taken{detail}; accepted: {accepted}{hint_quotes}") from error
     return result
 
 

@@ -6,9 +6,10 @@ import importlib
 import logging
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastalign.cli.flags import Raw, UsageError, collect, dataclass_field_names
+from fastalign.cli.flags import Failure, Raw, Stopped, UsageError, collect, dataclass_field_names
 
 if TYPE_CHECKING:
     from fastalign.trainers.base import FusedTrainer
@@ -109,19 +110,28 @@ def show_log(main_process: bool) -> None:
 
 def _train(trainer: FusedTrainer, resume: str | None) -> None:
     checkpoint: str | bool | None = {"true": True, "false": None}.get((resume or "false").lower(), resume)
+    from fastalign.trainers.guards import BadStepError
+    from fastalign.trainers.stopping import Terminated
+
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        last = get_last_checkpoint(trainer.args.output_dir)
-        saved = (
-            f"{last} is the last checkpoint: go on with --resume_from_checkpoint" if last else "nothing was saved yet"
-        )
-        raise KeyboardInterrupt(f"at step {trainer.state.global_step}; {saved}") from None
+        raise KeyboardInterrupt(f"at step {trainer.state.global_step}; {_saved(trainer)}") from None
+    except Terminated:
+        raise Stopped(f"at step {trainer.state.global_step}; {_saved(trainer)}") from None
+    except BadStepError as error:
+        raise Failure(f"{error}. {_saved(trainer)}") from error
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
+
+
+def _saved(trainer: FusedTrainer) -> str:
+    from fastalign.trainers.checkpoint_files import checkpoints
+
+    found = checkpoints(Path(trainer.args.output_dir))
+    last = found[-1] if found else None
+    return f"{last} is the last checkpoint: go on with --resume_from_checkpoint" if last else "nothing was saved yet"
 
 
 def _finish(trainer: FusedTrainer) -> None:

@@ -101,7 +101,7 @@ def _read(value: Any, member: Any) -> Any:
     if _origin(member) is dict and text is not None and text.startswith("{"):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise Mismatch(f"not valid JSON: {error}") from error
     return _MISSING
 

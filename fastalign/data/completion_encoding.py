@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.data.encoding import ResponseEncoder, template_error, where_they_part
+from fastalign.data.encoding import ResponseEncoder, refused_text, template_error, where_they_part
 from fastalign.data.examples import ChatExample, Example, TextExample
 from fastalign.data.report import Reason, RowError
 
@@ -57,7 +57,7 @@ class CompletionEncoder(ResponseEncoder):
 
     def __call__(self, examples: Sequence[Example]) -> list[EncodedExample | RowError]:
         """One `EncodedExample` or the reason why there is none for each. ValueError: plain text, and no EOS token."""
-        rendered = [self._render(example) for example in examples]
+        rendered = [self._checked(self._render(example)) for example in examples]
         texts = [
             "".join(text for text, _ in item.parts[: n + 1])
             for item in rendered
@@ -71,6 +71,11 @@ class CompletionEncoder(ResponseEncoder):
         ]
 
     # ---- rendering
+
+    def _checked(self, item: _Segments | EncodedExample | RowError) -> _Segments | EncodedExample | RowError:
+        if not isinstance(item, _Segments):
+            return item
+        return refused_text({"its text": "".join(text for text, _ in item.parts)}) or item
 
     def _render(self, example: Example) -> _Segments | EncodedExample | RowError:
         if isinstance(example, TextExample):

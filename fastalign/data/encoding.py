@@ -63,6 +63,7 @@ class ResponseEncoder:
 
     def encode(self, items: Sequence[Rendered | RowError]) -> list[EncodedResponses | RowError]:
         """One `EncodedResponses` or the reason why there is none for each item. ValueError: plain text, and no EOS."""
+        items = [_encodable(item) for item in items]
         good = [item for item in items if not isinstance(item, RowError)]
         prompts = iter(self.ids([item.prompt for item in good]))
         joint = iter(self.ids([item.prompt + response for item in good for response in item.responses.values()]))
@@ -75,6 +76,7 @@ class ResponseEncoder:
 
     def encode_prompts(self, items: Sequence[Rendered | RowError]) -> list[list[int] | RowError]:
         """The ids of each item's prompt alone, BOS included, or the reason why there are none."""
+        items = [_encodable(item) for item in items]
         good = [item for item in items if not isinstance(item, RowError)]
         ids = iter(self.ids([item.prompt for item in good]))
         return [item if isinstance(item, RowError) else self._prompt(item, next(ids)) for item in items]
@@ -192,6 +194,22 @@ class PairEncoder(ResponseEncoder):
         if chosen_ids == rejected_ids:
             return RowError(Reason.IDENTICAL, "chosen and rejected have the same tokens")
         return Encoded(encoded.prompt_ids, chosen_ids, rejected_ids, encoded.merged)
+
+
+def _encodable(item: Rendered | RowError) -> Rendered | RowError:
+    if isinstance(item, RowError):
+        return item
+    return refused_text({"prompt": item.prompt, **item.responses}) or item
+
+
+def refused_text(texts: dict[str, str]) -> RowError | None:
+    """Why the texts, by name, are nothing that a tokenizer takes: JSON can spell half of a character, "\\ud83d"."""
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return RowError(Reason.UNSUPPORTED, f"{name} has a lone surrogate at character {error.start}")
+    return None
 
 
 def template_error(error: Exception) -> RowError:

@@ -33,7 +33,7 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> RowSource:
             if name.endswith((suffix, suffix + ".gz")):
                 with cast(IO[bytes], gzip.open(path) if name.endswith(".gz") else path.open("rb")) as stream:
                     return reader(stream, name)
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     raise ValueError(f"{name} is not of a known type; accepted are {', '.join(FILE_SUFFIXES)}")
 
@@ -55,13 +55,32 @@ def _read_json_lines(stream: IO[bytes], name: str) -> RowSource:
 
 def _parse_line(number: int, line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return Unreadable(f"line {number}: not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return Unreadable(f"line {number}: broken JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:
+        return Unreadable(f"line {number}: {error}")
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` for texts from anywhere.
+
+    ValueError: broken JSON, nesting that the parser cannot follow, a number of thousands of digits, or a key that an
+    object has twice (json.loads takes the last of them without a word).
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
-        return Unreadable(f"line {number}: JSON nested too deep")
+        raise ValueError("JSON nested too deep") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object of the JSON has a key twice")
+    return found
 
 
 def _read_json(stream: IO[bytes], name: str) -> RowSource:
@@ -71,11 +90,13 @@ def _read_json(stream: IO[bytes], name: str) -> RowSource:
     if not start.startswith(b"["):
         return _read_json_lines(stream, name)
     try:
-        return RowSource.of(json.loads(stream.read().decode("utf-8-sig")), name)
+        return RowSource.of(parse_json(stream.read().decode("utf-8-sig")), name)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def _read_csv(stream: IO[bytes], name: str, delimiter: str = ",") -> RowSource:
@@ -91,6 +112,8 @@ def _read_csv(stream: IO[bytes], name: str, delimiter: str = ",") -> RowSource:
     limit = csv.field_size_limit(2**31 - 1)  # a transcript may be longer than the default of 128 KiB
     try:
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{name} has a column twice in its header")
         for values in reader:
             if len(values) == len(header):
                 rows.append(dict(zip(header, values, strict=True)))
@@ -107,7 +130,18 @@ def _read_parquet(name: str, columns: Sequence[str] | None) -> RowSource:
     with pyarrow.parquet.ParquetFile(name) as file:
         names = [column for column in file.schema_arrow.names if columns is None or column in columns]
         table = file.read(columns=names)
-    return RowSource(name, lambda i, j: table.slice(i, j - i).to_pylist(), 0, table.num_rows)
+    return RowSource(name, lambda i, j: _table_rows(table.slice(i, j - i)), 0, table.num_rows)
+
+
+def _table_rows(table: pyarrow.Table) -> list[Any]:
+    """Rows whose values Python cannot hold (text that is not UTF-8, a date of the year 300000) are `Unreadable`."""
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if table.num_rows == 1:
+            return [Unreadable(f"a value that cannot be read: {error}")]
+    half = table.num_rows // 2
+    return _table_rows(table.slice(0, half)) + _table_rows(table.slice(half))
 
 
 _READERS: dict[str, Callable[[IO[bytes], str], RowSource]] = {

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastalign.data.conversations import from_messages, from_transcripts, transcripts_of
+from fastalign.data.files import parse_json
 from fastalign.data.pairs import ChatPair, Message, Pair, TextPair, common_length
 from fastalign.data.report import Reason, RowError
 from fastalign.data.rows import Unreadable
@@ -34,6 +35,12 @@ text    everything as plain text, transcripts verbatim; messages are an error
 
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "image", "images")
 """The columns that are read; image columns only to refuse them."""
+
+# Arguments of `apply_chat_template` that are not variables of a template. The template itself above all: it is a
+# program, which comes with the tokenizer and never with a row of data.
+_NOT_A_ROWS = {"chat_template", "conversation", "tokenize", "add_generation_prompt", "continue_final_message"}
+_NOT_A_ROWS |= {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tools"}
+_NOT_A_ROWS |= {"tokenizer_kwargs", "padding"}
 
 
 def pair_parser(format: str, has_template: bool) -> Callable[[Any], Pair]:
@@ -90,7 +97,8 @@ def needs_chat(chat: bool, has_template: bool) -> None:
 def takes_no_template(template_kwargs: dict[str, Any]) -> None:
     """RowError where plain text comes with what only a template could take."""
     if template_kwargs:
-        raise RowError(Reason.UNSUPPORTED, f"{' and '.join(template_kwargs)} with plain text: no template takes it")
+        names = " and ".join(str(name)[:40] for name in list(template_kwargs)[:4])  # of the row's own, of any length
+        raise RowError(Reason.UNSUPPORTED, f"{names} with plain text: no template takes it")
 
 
 def checked_row(row: Any, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -122,12 +130,16 @@ def template_kwargs_of(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         raise RowError(Reason.WRONG_TYPE, f"chat_template_kwargs is a {type(kwargs).__name__}, not an object")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if ours := sorted(_NOT_A_ROWS & kwargs.keys()):
+        raise RowError(Reason.UNSUPPORTED, f"chat_template_kwargs may not set {', '.join(ours)}")
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except json.JSONDecodeError as error:
             raise RowError(Reason.UNREADABLE, f"tools: broken JSON at column {error.colno}: {error.msg}") from None
+        except ValueError as error:
+            raise RowError(Reason.UNREADABLE, f"tools: {error}") from None
     if tools and not isinstance(tools, list):
         raise RowError(Reason.WRONG_TYPE, f"tools is a {type(tools).__name__}, not a list")
     return {**kwargs, "tools": tools} if tools else kwargs

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from fastalign.data.conversations import messages_of
 from fastalign.data.formats import checked_row, is_empty
 from fastalign.data.pairs import Message
@@ -34,6 +36,9 @@ LABEL_COLUMNS = ("prompt", "completion", "label", "tools", "chat_template_kwargs
 
 LABEL_TYPES = ("scalar", "binary")
 """What a label is: a number that the reward is to equal, or whether the response is good."""
+
+
+_LARGEST = float(np.finfo(np.float32).max)  # data sets keep numbers in float32
 
 
 @dataclass(slots=True)
@@ -95,11 +100,13 @@ def label_parser(format: str, has_template: bool, label_type: str | None, seen: 
 
 
 def number_of(value: Any, name: str) -> float:
-    """A finite number, or RowError naming the column."""
+    """A number that is finite in float32, or RowError naming the column."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not a number")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise RowError(Reason.WRONG_TYPE, f"{name} is {value}, not a finite number")
+    if not -_LARGEST <= value <= _LARGEST:  # integers of any size compare
+        raise RowError(Reason.WRONG_TYPE, f"{name} is beyond what float32 can hold")
     return float(value)
 
 

@@ -17,6 +17,7 @@ def linear_cross_entropy(
     rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, token_metrics: bool = False, backend: str = "auto",
     schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """Cross-entropy of a linear head, −Σ logps / D, streamed token by token: three GEMMs, no logits.
 
@@ -34,6 +35,7 @@ def linear_cross_entropy(
     head: dict[str, Any] = {
         "bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
         "ignore_index": ignore_index, "backend": backend, "workspace_mb": workspace_mb,
+        "accumulate_into": accumulate_into,
     }  # fmt: skip
     if reduction == "none":
         if token_metrics:
@@ -57,5 +59,5 @@ def linear_cross_entropy(
         denominator = num_items  # None: the number of scored tokens
     return linear_loss(
         lambda scored, cu: -scored.logps, hidden, weight, targets, groups="tokens", denominator=denominator, rows=rows,
-        metrics_fn=metrics, entropy=token_metrics, top1=token_metrics, schedule=schedule, **head,
+        metrics_fn=metrics, entropy=token_metrics, entropy_grad=False, top1=token_metrics, schedule=schedule, **head,
     )  # fmt: skip

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
+from fastalign.linear.sequences import lengths_on, sums
 from fastalign.losses import check_reduction, list_losses, list_metrics, mean_metric
 from fastalign.losses.listwise import Lists, check_loss_type
 from fastalign.losses.rewards import list_bounds
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 DEFAULT_BETA = 0.1
@@ -26,6 +27,7 @@ def linear_pro_loss(
     rows: Tensor | None = None, bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, token_metrics: bool = False, backend: str = "auto",
     schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """PRO and its listwise relatives from hidden states, streamed list by list: three GEMMs, no logits.
 
@@ -54,7 +56,7 @@ def linear_pro_loss(
             of "mean", the lists of the whole step.
         token_metrics: also `entropy` (nats, mean over completion tokens) and `mean_token_accuracy` (of the best
             responses).
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
     Returns:
         LossOutput with the metrics of `losses.pro_loss`, `nll_loss` (NLL(y_1), mean over lists), `logps/best` and
         `logps/worst` (sums, means over the best and the worst ranked responses).
@@ -94,8 +96,8 @@ def linear_pro_loss(
         scores, logps, lengths = scoring(scored, cu, given.get("ref_logps"))
         found = list_metrics(scores, ranks, cu_lists=cu_lists, lengths=lengths)
         found["nll_loss"] = mean_metric(_nll_of_best(logps, lengths, ranks, cu_lists))
-        sums = list_metrics(logps, ranks, cu_lists=cu_lists)
-        found |= {f"logps/{name}": sums[f"scores/{name}"] for name in ("best", "worst")}
+        summed = list_metrics(logps, ranks, cu_lists=cu_lists)
+        found |= {f"logps/{name}": summed[f"scores/{name}"] for name in ("best", "worst")}
         return found | (_token_metrics(scored, lengths, ranks, cu_lists) if token_metrics else {})
 
     denominator: float | Tensor = 1.0
@@ -103,9 +105,10 @@ def linear_pro_loss(
         denominator = max(len(sizes), 1) if num_items is None else num_items
     return linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, groups=lists, inputs={"lists": lists, **given},
-        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
+        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, entropy_grad=False, top1=token_metrics,
         reduce=reduction != "none", rows=rows, bias=bias, temperature=temperature, logit_scale=logit_scale,
         softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule, workspace_mb=workspace_mb,
+        accumulate_into=accumulate_into,
     )  # fmt: skip
 
 
@@ -127,8 +130,8 @@ class _Scoring:
         self._beta, self._normalize = beta, length_normalize
 
     def __call__(self, scored: LinearLogps, cu: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logps = sequence_logps(scored.logps, cu_seqlens=cu)
-        lengths = cu.diff().to(device=logps.device, non_blocking=True)
+        logps = sums(scored.logps, cu)
+        lengths = lengths_on(cu, logps)
         ratios = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
         scores = ratios / lengths.clamp(min=1) if self._normalize else ratios
         return self._beta * scores, logps, lengths

@@ -23,6 +23,7 @@ def linear_ppo_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None, skip_rows: str = "auto",
 ) -> LossOutput:  # fmt: skip
     """PPO and its variants from hidden states, streamed: three GEMMs, no logits, no second pass.
 
@@ -30,7 +31,7 @@ def linear_ppo_loss(
     are this function with other advantages. It is streamed token by token where the ratio is a token's, and by whole
     sequences where it is a sequence's (GSPO). Tokens without a gradient, which are the clipped ones and those whose
     advantage is 0, unless a KL or entropy term gives them one, cost one GEMM instead of three: they are scored for the
-    metrics and left out of the gradient GEMMs. On the CPU only: a GPU's host would have to wait to know them.
+    metrics and left out of the gradient GEMMs, on a GPU as `skip_rows` says.
 
     Args:
         hidden: padded (B, T, H), or packed (N, H) with cu_seqlens; targets: (B, T) or (N,) int64, aligned with hidden,
@@ -44,7 +45,8 @@ def linear_ppo_loss(
             aggregation, max_completion_length, sampler_correction, sampler_cap, reduction, num_items: as in
             `losses.ppo_loss`. The entropy's gradient flows through the head.
         token_metrics: also `entropy` (without entropy_coef it is computed for this metric alone).
-        rows, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into, skip_rows: as in
+            `linear_logps`.
     Returns:
         LossOutput with the metrics of `losses.ppo_loss`.
     Raises:
@@ -85,9 +87,9 @@ def linear_ppo_loss(
         streamed.losses, hidden, weight, targets, groups=None if options.by_sequence else "tokens",
         cu_seqlens=_unequal(cu_seqlens, targets) if options.by_sequence else None, inputs=inputs,
         metrics_fn=streamed.metrics, denominator=1.0 if reduction == "sum" else denominator,
-        entropy=bool(entropy_coef) or token_metrics, rows=rows, bias=bias, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule,
-        workspace_mb=workspace_mb,
+        entropy=bool(entropy_coef) or token_metrics, entropy_grad=bool(entropy_coef), rows=rows, bias=bias,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend,
+        schedule=schedule, workspace_mb=workspace_mb, accumulate_into=accumulate_into, skip_rows=skip_rows,
     )  # fmt: skip
     return LossOutput(out.loss, out.metrics | corrections)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
-from fastalign.linear.sequences import check_detached, count_sequences, halved_sums, halves, lengths_on
+from fastalign.linear.sequences import check_detached, count_sequences, halved_sums, halves, lengths_on, sums
 from fastalign.losses import (
     DPOOptions,
     check_pair_call,
@@ -22,7 +22,7 @@ from fastalign.losses import (
     tail_mask,
     wpo_weights,
 )
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 
@@ -36,6 +36,7 @@ def linear_dpo_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """DPO and its pairwise relatives from hidden states, streamed pair by pair: three GEMMs, no logits, no second pass.
 
@@ -57,7 +58,7 @@ def linear_dpo_loss(
         use_weighting: weigh each pair by how likely the policy is to have written it (WPO, `losses.wpo_weights`), from
             the same pass over the vocabulary.
         num_chosen_tokens: denominator of "sft", the chosen tokens of all that `num_items` counts; None: those at hand.
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
         token_metrics: also, as TRL logs them, `entropy` (nats, mean over completion tokens), `mean_token_accuracy` (of
             the chosen responses), `logits/chosen` and `logits/rejected` (mean over tokens and vocabulary).
     Returns:
@@ -91,6 +92,7 @@ def linear_dpo_loss(
     head: dict[str, Any] = {
         "rows": rows, "bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
         "ignore_index": ignore_index, "backend": backend, "schedule": schedule, "workspace_mb": workspace_mb,
+        "accumulate_into": accumulate_into,
     }  # fmt: skip
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor | None = None) -> Tensor:
@@ -109,8 +111,8 @@ def linear_dpo_loss(
     out = linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, groups=list(range(pairs)) * 2,
         inputs={} if ref_logps is None else {"ref_logps": ref_logps}, denominator=denominator, metrics_fn=metrics,
-        entropy=token_metrics, top1=token_metrics, mean_logits=token_metrics, log_sum_sq_probs=use_weighting,
-        reduce=reduction != "none" and not coupled, **head,
+        entropy=token_metrics, entropy_grad=False, top1=token_metrics, mean_logits=token_metrics,
+        log_sum_sq_probs=use_weighting, reduce=reduction != "none" and not coupled, **head,
     )  # fmt: skip
     return LossOutput(reduce_losses(out.loss, reduction, num_items), out.metrics) if coupled else out
 
@@ -160,7 +162,7 @@ def _inputs(
 def _wpo_weights(scored: LinearLogps, cu: Tensor) -> Tensor:
     assert scored.log_sum_sq_probs is not None
     alignment = scored.logps.detach() - scored.log_sum_sq_probs
-    return wpo_weights(*halves(sequence_logps(alignment, cu_seqlens=cu, reduction="mean")))
+    return wpo_weights(*halves(sums(alignment, cu, reduction="mean")))
 
 
 def _token_metrics(scored: LinearLogps, cu: Tensor) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastalign.ops import sequence_logps
+from fastalign.ops.uploads import on_device
 
 
 def count_sequences(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -32,7 +33,7 @@ def check_detached(name: str, values: Tensor) -> None:
 
 def lengths_on(cu: Tensor, like: Tensor) -> Tensor:
     """Completion lengths (S',) on the device of `like`, from the boundaries on the host."""
-    return cu.diff().to(device=like.device, non_blocking=True)
+    return on_device(cu.diff(), like.device)
 
 
 def halves(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,11 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def sums(per_token: Tensor, cu: Tensor, reduction: str = "sum") -> Tensor:
+    """`sequence_logps` between boundaries on the host."""
+    return sequence_logps(per_token, cu_seqlens=on_device(cu, per_token.device), reduction=reduction)
+
+
 def halved_sums(per_token: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over each response, (chosen, rejected)."""
-    return halves(sequence_logps(per_token, cu_seqlens=cu))
+    return halves(sums(per_token, cu))

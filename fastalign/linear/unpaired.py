@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
-from fastalign.linear.sequences import check_per_sequence, count_sequences, lengths_on
+from fastalign.linear.sequences import check_per_sequence, count_sequences, lengths_on, sums
 from fastalign.losses import check_reduction, check_response_call, response_losses, response_metrics
-from fastalign.ops import linear_loss, sequence_logps
+from fastalign.ops import linear_loss
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 
@@ -21,6 +21,7 @@ def linear_kto_loss(
     num_items: int | Tensor | None = None, rows: Tensor | None = None, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
     token_metrics: bool = False, backend: str = "auto", schedule: str = "auto", workspace_mb: float | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> LossOutput:  # fmt: skip
     """KTO and its relatives from hidden states, streamed response by response: three GEMMs, no logits.
 
@@ -37,7 +38,7 @@ def linear_kto_loss(
         labels: (S,) bool, True = desirable.
         kl, shift, beta, loss_type, desirable_weight, undesirable_weight, reduction, num_items: as in
             `losses.kto_loss`. reduction="none" gives (S,) and scores everything before the loss (deferred).
-        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb: as in `linear_logps`.
+        rows, temperature, logit_scale, softcap, backend, schedule, workspace_mb, accumulate_into: as in `linear_logps`.
         token_metrics: also `entropy` (nats, mean over completion tokens), `mean_token_accuracy` and `logits/chosen`,
             `logits/rejected` (mean over the tokens of desirable and undesirable responses, and the vocabulary).
     Returns:
@@ -59,10 +60,10 @@ def linear_kto_loss(
     check_response_call(**options)
 
     def losses(scored: LinearLogps, cu: Tensor, ref_logps: Tensor, labels: Tensor) -> Tensor:
-        return response_losses(sequence_logps(scored.logps, cu_seqlens=cu), ref_logps, labels, **options)
+        return response_losses(sums(scored.logps, cu), ref_logps, labels, **options)
 
     def metrics(scored: LinearLogps, cu: Tensor, ref_logps: Tensor, labels: Tensor) -> dict[str, Metric]:
-        logps = sequence_logps(scored.logps, cu_seqlens=cu)
+        logps = sums(scored.logps, cu)
         found = response_metrics(logps, ref_logps, labels, kl=kl, beta=beta)
         return found | _lengths_and_logits(scored, cu, labels, token_metrics)
 
@@ -71,20 +72,20 @@ def linear_kto_loss(
         denominator = max(sequences, 1) if num_items is None else num_items
     return linear_loss(
         losses, hidden, weight, targets, cu_seqlens=cu_seqlens, inputs={"ref_logps": ref_logps, "labels": labels},
-        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, top1=token_metrics,
+        denominator=denominator, metrics_fn=metrics, entropy=token_metrics, entropy_grad=False, top1=token_metrics,
         mean_logits=token_metrics, reduce=reduction != "none", rows=rows, bias=bias, temperature=temperature,
         logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, backend=backend, schedule=schedule,
-        workspace_mb=workspace_mb,
+        workspace_mb=workspace_mb, accumulate_into=accumulate_into,
     )  # fmt: skip
 
 
 def _lengths_and_logits(scored: LinearLogps, cu: Tensor, labels: Tensor, token_metrics: bool) -> dict[str, Metric]:
     lengths = lengths_on(cu, scored.logps).to(scored.logps.dtype)
     found = accuracy_and_entropy(scored) if token_metrics else {}
-    sums = None if scored.mean_logits is None else sequence_logps(scored.mean_logits, cu_seqlens=cu)
+    logits = None if scored.mean_logits is None else sums(scored.mean_logits, cu)
     for side, of_side in (("chosen", labels), ("rejected", ~labels)):
         counts = of_side.to(lengths.dtype)
         found[f"length/{side}"] = Metric((lengths * counts).sum(), counts.sum())
-        if sums is not None:
-            found[f"logits/{side}"] = Metric((sums * counts).sum(), (lengths * counts).sum())
+        if logits is not None:
+            found[f"logits/{side}"] = Metric((logits * counts).sum(), (lengths * counts).sum())
     return found

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastalign.models.causal import HeadFn, fuse_head
 from fastalign.models.head import Head, base_causal_lm
-from fastalign.models.scalar import fuse_scalar_head, scalar_head
+from fastalign.models.scalar import base_scalar_model, fuse_scalar_head, scalar_head
+from fastalign.models.sharding import whole
 
 CRITIC_FOLDER = "critic"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -42,6 +43,12 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(width, 1, device=embedding.device, dtype=dtype)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of decoder layers, which FSDP2 shards one by one; transformers' models have this too."""
+        parts = (base_causal_lm(self.policy), None if self.critic is None else base_scalar_model(self.critic))
+        return sorted({name for part in parts if part is not None for name in part._no_split_modules or ()})
 
     @property
     def has_critic(self) -> bool:
@@ -77,7 +84,7 @@ class ActorCritic(nn.Module):
             own = hidden[..., : head_module.in_features]  # an adapter on the head widens the hidden states
             with torch.autocast(own.device.type, enabled=False):
                 picked = own.flatten(0, 1).index_select(0, index).to(head_module.weight.dtype)
-                values.append(head_module(picked)[:, 0].float())
+                values.append(head_module(picked)[:, 0].float().clone())  # FSDP2 warns of views
             return None if head_fn is None else head_fn(hidden, head)
 
         return self.policy(input_ids=input_ids, head_fn=both, **tokens), values[0]
@@ -104,14 +111,21 @@ class ActorCritic(nn.Module):
         inner = Path(folder) / CRITIC_FOLDER
         return inner / "adapter" if isinstance(self.critic, PeftModel) else inner
 
-    def save_critic(self, folder: str | Path) -> None:
-        """Beside the policy: a model in critic/, an adapter in critic/adapter/, or one file with the value head."""
-        if self.critic is not None:
+    def save_critic(
+        self, folder: str | Path, *, critic_state: dict[str, Tensor] | None = None, writes: bool = True
+    ) -> None:
+        """Beside the policy: a model in critic/, an adapter in critic/adapter/, or one file with the value head.
+
+        critic_state: the gathered weights of a critic that is sharded over processes. writes: False where this process
+        only takes part in gathering the value head.
+        """
+        if self.critic is not None and writes:
             base: Any = self.critic
-            base.save_pretrained(str(self.critic_folder(folder)))
+            base.save_pretrained(str(self.critic_folder(folder)), state_dict=critic_state)
         if self.value_head is not None:
-            state = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
-            save_file(state, str(Path(folder) / VALUE_HEAD_FILE))
+            state = {name: whole(tensor).contiguous() for name, tensor in self.value_head.state_dict().items()}
+            if writes:
+                save_file(state, str(Path(folder) / VALUE_HEAD_FILE))
 
     def load_value_head(self, folder: str | Path) -> None:
         """The value head that `save_critic` wrote into this folder."""

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastalign.models.head import Head, attach_head, base_causal_lm, find_head
+from fastalign.models.head import Head, attach_head, base_causal_lm, find_head, head_modules
 from fastalign.models.inference import evaluating
 from fastalign.models.quantised import allow_packing, check_unpacked, prevent_packing, unpacked
+from fastalign.models.sharding import call_within
 
 __all__ = ["Head", "attach_head", "find_head", "fuse_head", "has_router_loss", "run_head", "unfuse_head"]
 
@@ -163,7 +164,9 @@ def run_head(base: PreTrainedModel, head_fn: HeadFn, args: tuple[Any, ...], kwar
         kwargs["output_router_logits"] = True
     kwargs["use_cache"] = False
     outputs = base.base_model(*args, **kwargs)
-    result = head_fn(*attach_head(base, outputs.last_hidden_state))
+    result = call_within(
+        head_modules(base), lambda hidden: head_fn(*attach_head(base, hidden)), outputs.last_hidden_state
+    )
     if not with_router:
         return result
     return result, _router_loss(base, outputs.router_logits, kwargs.get("attention_mask"))

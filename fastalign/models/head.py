@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -79,6 +80,11 @@ def attach_head(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
     module = _head_module(base_causal_lm(model))
     if hidden.device != head.weight.device:  # a model spread over devices may end on another one than its head
         hidden = hidden.to(head.weight.device)
+    if isinstance(head.weight, DTensor) or (head.weight.numel() == 0 and hasattr(head.weight, "ds_id")):
+        raise ValueError(
+            f"the head of {type(base_causal_lm(model)).__name__} is sharded where it is used: tensor parallelism is "
+            "not supported, and FSDP2 has to shard the model that is called, or its output layer as a whole"
+        )
     if not isinstance(module, BaseTunerLayer) or module.disable_adapters or module.merged:
         return hidden, head
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", ())]
@@ -99,6 +105,13 @@ def attach_head(model: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
     dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
     widened = torch.cat([part.to(dtype) for part in hidden_parts], dim=-1)
     return widened, head._replace(weight=torch.cat([part.to(dtype) for part in weight_parts], dim=1), bias=bias)
+
+
+def head_modules(base: PreTrainedModel) -> list[nn.Module]:
+    """The output layer as the model has it, what of it acts, and the linear layer inside: one, without an adapter."""
+    module = _head_module(base)
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return [base.get_output_embeddings(), module, inner]
 
 
 def _head_module(base: PreTrainedModel) -> nn.Module:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastalign.models.inference import evaluating
+from fastalign.models.sharding import call_within
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ def _fused_forward(cls: type[PreTrainedModel]) -> Callable[..., Any]:
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in backbone.parameters())
         with torch.set_grad_enabled(trains):
             hidden = backbone(*args, **kwargs).last_hidden_state
-        return _scores_at(hidden, torch.as_tensor(rows), scalar_head(self))
+        index, head = torch.as_tensor(rows), scalar_head(self)
+        return call_within((_named_head(self)[1], head), lambda states: _scores_at(states, index, head), hidden)
 
     return forward
 
@@ -260,7 +262,9 @@ def _scores_at(hidden: Tensor, rows: Tensor, head: nn.Linear) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(picked.dtype, head.weight.dtype), torch.float32)
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast(picked.device.type, enabled=False):
-        return F.linear(picked.to(dtype), head.weight.to(dtype), bias).squeeze(-1).float()
+        return (
+            F.linear(picked.to(dtype), head.weight.to(dtype), bias).squeeze(-1).float().clone()
+        )  # FSDP2 warns of views
 
 
 def verify_scalar_head(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastalign.ops import backends
+from fastalign.ops.sequence_ops import gae_op
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def gae(
             raise ValueError(f"{name}={value}: it must be in [0, 1]")
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     rewards, values = rewards.to(dtype), values.to(dtype)
-    return backends.resolve(backend, rewards).gae(rewards, values, mask, gamma, lam)
+    return gae_op(rewards, values, mask, float(gamma), float(lam), backend)
 
 
 @torch.no_grad()

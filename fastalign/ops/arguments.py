@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastalign.ops import backends
 from fastalign.ops import rows as R
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,6 +68,33 @@ def check_head(
     return hidden, weight, bias
 
 
+def check_accumulator(into: Tensor, weight: Tensor, needed: bool, schedule: str) -> None:
+    """Raise ValueError unless the backward can add the weight's gradient to `into`."""
+    if torch.compiler.is_compiling():
+        raise ValueError("accumulate_into is for eager calls: a compiled graph returns its gradients")
+    if not needed:
+        raise ValueError("accumulate_into is for the weight's gradient, but weight needs none here")
+    if schedule in ("overlaid", "streamed"):
+        raise ValueError(
+            f"schedule={schedule!r} computes the weight's gradient in memory of its own, before the backward knows its "
+            "scale; with accumulate_into take 'auto', 'deferred' or 'cached'"
+        )
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if into.shape != weight.shape or into.dtype != wide or into.device != weight.device or not into.is_contiguous():
+        raise ValueError(
+            f"accumulate_into must be contiguous {wide}, {tuple(weight.shape)} on {weight.device} like weight, got "
+            f"{into.dtype} {tuple(into.shape)} on {into.device}"
+        )
+    if into.requires_grad:
+        raise ValueError("accumulate_into is a gradient: it must not require one")
+    memory = into.untyped_storage().data_ptr()
+    if memory and memory == weight.untyped_storage().data_ptr():
+        raise ValueError("accumulate_into is the weight's own memory; give it another tensor, such as weight.grad")
+    hooks = getattr(weight, "_backward_hooks", None) or getattr(weight, "_post_accumulate_grad_hooks", None)
+    if hooks:
+        raise ValueError("weight has gradient hooks, which accumulate_into would go past; remove them, or the option")
+
+
 def row_spec(
     temperature: float, logit_scale: float, softcap: float | None, entropy: bool, top1: bool, sum_sq: bool, mean: bool
 ) -> R.RowSpec:
@@ -82,7 +110,11 @@ def row_spec(
 
 
 def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int) -> tuple[Tensor | None, int]:
-    """(indices of the rows that count or None for all of them, their count). Synchronises when `rows` is None."""
+    """(indices of the rows that count or None for all of them, their count). Synchronises when `rows` is None.
+
+    A target or row out of range is a ValueError that names it, on the CPU and under FASTALIGN_CHECK_TARGETS=1; else its
+    log-prob is NaN.
+    """
     if rows is not None:
         if rows.device != targets.device:
             rows = rows.to(targets.device, non_blocking=True)
@@ -92,7 +124,7 @@ def scored_rows(targets: Tensor, rows: Tensor | None, ignore_index: int, V: int)
         n = rows.shape[0]
         if n == targets.shape[0]:
             rows = None
-    if targets.device.type == "cpu" and n:
+    if n and (targets.device.type == "cpu" or backends.checks_targets()):
         if rows is not None and not (int(rows.min()) >= 0 and int(rows.max()) < targets.shape[0]):
             raise ValueError(f"rows must lie in [0, {targets.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
         picked = targets if rows is None else targets[rows]

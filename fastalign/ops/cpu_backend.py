@@ -9,6 +9,7 @@ from torch import Tensor
 from fastalign.kernels import cpu_rows
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend
+from fastalign.ops.known_grads import two_passes
 
 
 def _scales(spec: R.RowSpec) -> dict[str, Any]:
@@ -49,4 +50,4 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return cpu_rows.gae(rewards.contiguous(), values.contiguous(), mask.contiguous(), gamma, lam)
 
 
-BACKEND = Backend("cpu", row_stats, row_grad, row_exp, gae)
+BACKEND = Backend("cpu", row_stats, row_grad, row_exp, two_passes(row_stats, row_grad), gae)

@@ -5,34 +5,57 @@ call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastalign.ops.arguments import scored_rows
+from fastalign.ops.uploads import on_device
 from fastalign.types import LinearLogps
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Some whole groups: their sequences (ascending) and the positions of their rows among all scored rows."""
+    """Some whole groups: their sequences (ascending) and the positions of their rows among all scored rows (ascending).
+
+    uploaded: both on the device, where they are no ranges and several chunks share one copy (`Layout.upload`).
+    """
 
     sequences: np.ndarray
     positions: np.ndarray
     cu_seqlens: Tensor | None
     num_groups: int
+    uploaded: tuple[Tensor, Tensor] | None = None
 
     def pick(self, layout: Layout) -> dict[str, Tensor]:
         """This chunk's part of the loss's inputs."""
-        return {
-            name: tensor.index_select(0, self._index(layout, name, tensor)) for name, tensor in layout.inputs.items()
-        }
+        return {name: self._part(layout, name, tensor) for name, tensor in layout.inputs.items()}
 
-    def _index(self, layout: Layout, name: str, tensor: Tensor) -> Tensor:
-        where = layout.row_numbers[self.positions] if name in layout.per_token else self.sequences
-        return torch.from_numpy(where).to(tensor.device, non_blocking=True)
+    def _part(self, layout: Layout, name: str, tensor: Tensor) -> Tensor:
+        if name not in layout.per_token:
+            index = None if self.uploaded is None else self.uploaded[1]
+            return _taken(tensor, self.sequences, index)
+        numbers = layout.row_numbers[self.positions]
+        if _span(numbers) is not None:
+            return _taken(tensor, numbers, None)
+        first, last, index = self.rows(layout, tensor.device)
+        if index is None:
+            rows = layout.rows_on(tensor.device)
+            assert rows is not None
+            index = rows[first:last]
+        return tensor.index_select(0, index)
+
+    def rows(self, layout: Layout, device: torch.device) -> tuple[int, int, Tensor | None]:
+        """(first, last, index): scored rows first:last where they are consecutive, and None; else the rows of hidden in
+        `index`, on `device`, which first:last spans."""
+        span = _span(self.positions)
+        if span is not None:
+            return *span, None
+        index = self.positions if self.uploaded is None or self.uploaded[0].device != device else self.uploaded[0]
+        index, rows = on_device(index, device), layout.rows_on(device)
+        return 0, len(self.positions), index if rows is None else rows.index_select(0, index)
 
     def losses(self, loss_fn: Callable[..., Tensor], layout: Layout, scored: LinearLogps) -> Tensor:
         losses = loss_fn(scored, self.cu_seqlens, **self.pick(layout))
@@ -54,6 +77,8 @@ class Layout:
     by_token: bool
     inputs: dict[str, Tensor]
     per_token: set[str]
+    every: bool = False  # all rows of hidden are scored
+    _rows: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -63,7 +88,8 @@ class Layout:
         # the one synchronisation of a call whose rows are not on the host already
         host = (targets.reshape(-1) != ignore_index if rows is None else rows).cpu()
         rows = host.nonzero()[:, 0] if rows is None else host
-        scored_rows(targets.reshape(-1), rows, ignore_index, V)  # in range
+        if targets.device.type == "cpu":
+            scored_rows(targets.reshape(-1), rows, ignore_index, V)  # in range
         row_numbers = rows.numpy()
         if len(row_numbers) > 1 and not (np.diff(row_numbers) > 0).all():
             raise ValueError("rows must ascend, without repeats, for a loss over sequences")
@@ -74,7 +100,8 @@ class Layout:
         cu = np.searchsorted(row_numbers, bounds)
         members = [] if by_token else _members(groups, len(bounds) - 1)  # type: ignore[arg-type]
         flat, per_token = _inputs(inputs, targets, len(bounds) - 1, by_token)
-        return cls(row_numbers, cu, members, by_token, flat, per_token)
+        every = len(row_numbers) == targets.numel() and _span(row_numbers) is not None
+        return cls(row_numbers, cu, members, by_token, flat, per_token, every)
 
     @property
     def n(self) -> int:
@@ -84,8 +111,23 @@ class Layout:
     def rows(self) -> Tensor:
         return torch.from_numpy(self.row_numbers)
 
-    def rows_on(self, device: torch.device) -> Tensor:
-        return self.rows.to(device, non_blocking=True)
+    def rows_on(self, device: torch.device) -> Tensor | None:
+        """The scored rows on a device, copied there once; None: all of them."""
+        if self.every:
+            return None
+        if device not in self._rows:
+            self._rows[device] = on_device(self.row_numbers, device)
+        return self._rows[device]
+
+    def upload(self, chunks: list[Chunk], device: torch.device) -> None:
+        """Copy to the device, at once, what its chunks will ask for there."""
+        if device.type == "cpu" or all(_span(c.positions) and _span(c.sequences) for c in chunks):
+            return
+        positions = on_device(np.concatenate([c.positions for c in chunks]), device)
+        sequences = on_device(np.concatenate([c.sequences for c in chunks]), device)
+        sizes = [len(c.positions) for c in chunks], [len(c.sequences) for c in chunks]
+        for chunk, *parts in zip(chunks, positions.split(sizes[0]), sequences.split(sizes[1]), strict=True):
+            chunk.uploaded = parts[0], parts[1]
 
     def everything(self) -> Chunk:
         if self.by_token:
@@ -126,6 +168,23 @@ class Layout:
         if self.members:
             chunks.append(self.chunk(first, len(self.members)))
         return chunks
+
+
+def _span(numbers: np.ndarray) -> tuple[int, int] | None:
+    """(first, last) of ascending numbers that are all of first:last."""
+    if not len(numbers):
+        return 0, 0
+    first, last = int(numbers[0]), int(numbers[-1]) + 1
+    return (first, last) if last - first == len(numbers) else None
+
+
+def _taken(tensor: Tensor, numbers: np.ndarray, uploaded: Tensor | None) -> Tensor:
+    """Entries of the first dimension; a view where they are consecutive."""
+    span = _span(numbers)
+    if span is not None:
+        return tensor if span == (0, tensor.shape[0]) else tensor[span[0] : span[1]]
+    index = on_device(numbers, tensor.device) if uploaded is None or uploaded.device != tensor.device else uploaded
+    return tensor.index_select(0, index)
 
 
 def _boundaries(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, by_token: bool) -> np.ndarray:

@@ -7,6 +7,11 @@ buffer). A backend supplies these functions on tiles, and nothing else:
     row_stats(tile, bias, targets, v0, state, spec)             folds the tile into the running `RowState`
     row_grad(tile, bias, targets, v0, stats, coef, spec, out)   writes ∂L/∂u of the tile to `out`, which may be the tile
     row_exp(tile, bias, stats, spec, out)                       writes exp(z − max) in 16 bits, for the cached schedule
+    row_loss_grad(tile, bias, targets, state, known, spec, out)     statistics and gradient of a tile that spans the
+        vocabulary, where ∂L/∂logps (and ∂L/∂entropy) of each row is known before its log-prob is: cross-entropy and
+        SFT, REINFORCE. One call instead of row_stats, finish, coefficients and row_grad: same results up to the order
+        of sums, and where a backend can hold a row the logits are read once. `known_grads` has `known`'s type
+        and makes this function of the others
 
 With `rows` (m,) int64, ascending, row_grad works on those rows of the tile: targets, stats, coef and out are of m rows,
 and out may be tile[:m]. That is how rows that contribute nothing leave a tile that holds them (`live_rows`).
@@ -67,7 +72,7 @@ class RowState(NamedTuple):
     values: (6, n) float32, contiguous. With m = max so far:
         MAX     m = max_v z_v                                  starts at -inf
         SUM     Σ_v exp(z_v − m)                               starts at 0
-        TARGET  z_y, once the slab that holds y was folded     starts at 0
+        TARGET  z_y, once the slab that holds y was folded     starts at NaN, and stays so if there is no such slab
         ENT     Σ_v exp(z_v − m)·(z_v − m)                     only with spec.entropy
         SUM_SQ  Σ_v exp(2(z_v − m))                            only with spec.sum_sq
         SUM_Z   Σ_v z_v                                        only with spec.sum_z
@@ -81,6 +86,7 @@ class RowState(NamedTuple):
     def start(cls, n: int, spec: RowSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> RowState:
         values = torch.zeros(6, n, dtype=dtype, device=device)
         values[MAX].fill_(-torch.inf)
+        values[TARGET].fill_(torch.nan)
         return cls(values, torch.zeros(n if spec.top1 else 0, dtype=torch.int64, device=device))
 
 
@@ -226,11 +232,16 @@ def rescale(coef: RowCoef) -> tuple[RowCoef, Tensor]:
 
     Keeps float16 gradient tiles away from its underflow (6e-8) and overflow; powers of two round nothing.
     """
-    largest = torch.maximum(coef.base.abs().amax(), coef.target.abs().amax())
-    exponent = torch.where(largest > 0, -torch.frexp(largest).exponent, 0)
-    up = torch.ldexp(torch.ones_like(largest), exponent)
+    up, down = powers_of_two(torch.maximum(coef.base.abs().amax(), coef.target.abs().amax()))
     entropy = None if coef.entropy is None else coef.entropy * up
-    return RowCoef(coef.base * up, coef.target * up, entropy), torch.ldexp(torch.ones_like(largest), -exponent)
+    return RowCoef(coef.base * up, coef.target * up, entropy), down
+
+
+def powers_of_two(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """2^k that takes `largest` (0-dim) into [½, 1), and 2^−k; 1 and 1 where it is 0."""
+    exponent = torch.where(largest > 0, -torch.frexp(largest).exponent, 0)
+    one = torch.ones_like(largest)
+    return torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
 
 
 def live_rows(coef: RowCoef) -> Tensor | None:

@@ -18,7 +18,7 @@ each; a tile that must outlive its slab (`keep`) spans the vocabulary. Everythin
 results is in `workspace_bytes`, which stays within the budget as long as the budget holds one minimal tile.
 
 The default budget is `DEFAULT_WORKSPACE_MB` per device type. It is a constant: never derived from free memory, so that
-the same call does the same work everywhere.
+the same call does the same work everywhere. Accelerators have rules of their own, in fastalign.ops.gpu_schedule.
 """
 
 from __future__ import annotations
@@ -27,68 +27,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastalign.ops.devices import device_of
+from fastalign.ops.gpu_call import Call, Kernels
+from fastalign.ops.gpu_schedule import gpu_plan
+from fastalign.ops.plans import DEFAULT_WORKSPACE_MB, SCHEDULES, Plan, accumulators, choose, default_budget
 from fastalign.ops.tile_sizes import ROW_ALIGN, Costs, align, head_costs, slab_tiles, whole_tiles
 
-DEFAULT_WORKSPACE_MB = {"cpu": 128, "cuda": 1024}
-
-SCHEDULES = ("forward", "deferred", "overlaid", "cached", "frozen", "streamed")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one call does and what it allocates; every `*_bytes` is exact up to per-row vectors of a few float32.
-
-    gradient_bytes: the gradients returned; accumulator_bytes: one float32 accumulator per 16-bit gradient that is
-    summed over tiles; saved_bytes: what lives from forward to backward (part of the budget for "cached", N × H for
-    "frozen").
-    """
-
-    schedule: str
-    reason: str
-    n: int
-    rows: int
-    slab: int
-    overlaid_rows: int  # of the first tile; streamed groups over the budget have them too
-    kept_rows: int
-    transit_rows: int  # rows per tile on the way to 16-bit exponentials; 0 where kept rows are the GEMM's own output
-    gemms: float
-    budget_bytes: int
-    workspace_bytes: int
-    gradient_bytes: int
-    accumulator_bytes: int
-    saved_bytes: int
-
-    @property
-    def predicted_bytes(self) -> int:
-        """Peak bytes beside the inputs."""
-        return self.workspace_bytes + self.gradient_bytes + self.accumulator_bytes + self.saved_bytes
-
-    @property
-    def keep(self) -> bool:
-        """Whether a tile spans the whole vocabulary."""
-        return self.schedule in ("frozen", "streamed")
-
-    def __str__(self) -> str:
-        mib = 2**20
-        return (
-            f"{self.schedule}: {self.reason}; {self.n} rows in tiles of {self.rows} × {self.slab}, "
-            f"{self.gemms:.2f} GEMMs; "
-            f"{self.predicted_bytes / mib:.1f} MiB beside the inputs (workspace {self.workspace_bytes / mib:.1f}, "
-            f"gradients {self.gradient_bytes / mib:.1f}, accumulators {self.accumulator_bytes / mib:.1f}, "
-            f"saved {self.saved_bytes / mib:.1f})"
-        )
-
-
-def default_budget(device_type: str) -> int:
-    """Bytes of working memory where the caller names none; every accelerator has CUDA's."""
-    return DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cuda"]) * 2**20
+__all__ = ["DEFAULT_WORKSPACE_MB", "SCHEDULES", "Kernels", "Plan", "choose", "default_budget", "plan"]
 
 
 def plan(
     n: int, H: int, V: int, *, dtype: torch.dtype = torch.float32, device_type: str = "cpu",
     needs: tuple[bool, bool, bool] = (True, True, False), group_rows: int | None = None,
     workspace_bytes: int | None = None, schedule: str = "auto", weight_dtype: torch.dtype | None = None,
-    num_tokens: int | None = None, cacheable: bool = True,
+    num_tokens: int | None = None, cacheable: bool = True, arch: str = "sm_90", kernels: Kernels | None = None,
+    gathered: bool = True, sums: int = 2,
 ) -> Plan:  # fmt: skip
     """Choose the schedule for n scored rows.
 
@@ -101,9 +54,12 @@ def plan(
         needs: whether hidden, weight and bias need a gradient.
         group_rows: rows of the largest group of a streamable loss; None when the loss is not known during the forward.
         workspace_bytes: the budget; None takes DEFAULT_WORKSPACE_MB[device_type], of which "auto" keeps rows only up to
-            a quarter of what the logits would take.
+            a quarter of what the logits would take (half, on an accelerator).
         schedule: "auto", or one of SCHEDULES to force it.
         cacheable: False where kept exponentials cannot serve (16-bit with softcap or entropy).
+        arch, kernels, gathered, sums: of an accelerator: its architecture (`devices.DEVICES`), what its GEMM kernels
+            can do for these tensors (None: nothing), whether the rows that count have to be copied together, and the
+            numbers that the fused forward sums up for a row.
     Raises:
         ValueError: an unknown schedule, or one that cannot serve these needs.
     """
@@ -113,9 +69,17 @@ def plan(
     if budget <= 0:
         raise ValueError(f"the workspace must be positive, got {budget} bytes")
     weight_dtype = dtype if weight_dtype is None else weight_dtype
-    name, reason = choose(needs, group_rows, schedule)
-    costs = head_costs(H, V, dtype, weight_dtype, device_type, needs[0])
     size, weight_size = (torch.empty((), dtype=d).element_size() for d in (dtype, weight_dtype))
+    if device_type != "cpu":
+        call = Call(
+            n, H, V, size, weight_size, rounds=weight_dtype != dtype, bf16=dtype == torch.bfloat16,
+            cacheable=cacheable, gathered=gathered, needs=needs, tokens=n if num_tokens is None else num_tokens,
+            device=device_of(arch), kernels=Kernels() if kernels is None else kernels, sums=sums,
+        )  # fmt: skip
+        polite = workspace_bytes is None and schedule == "auto"
+        return gpu_plan(call, budget, schedule=schedule, group_rows=group_rows, polite=polite)
+    name, reason = choose(needs, group_rows, schedule)
+    costs = head_costs(H, V, dtype, weight_dtype, needs[0])
     if name == "streamed" and schedule == "auto" and needs[1] and 0 < n <= costs.overlay(weight_size):
         whole = plan(
             n, H, V, dtype=dtype, device_type=device_type, needs=needs, workspace_bytes=workspace_bytes,
@@ -127,7 +91,7 @@ def plan(
     reuse = _Reuse()
     if name in ("frozen", "streamed"):
         sink = max(4, weight_size) if needs[1] else 0
-        rows, slab, overlaid, workspace = whole_tiles(costs, n, budget, device_type, group_rows, sink)
+        rows, slab, overlaid, workspace = whole_tiles(costs, n, budget, group_rows, sink)
         reuse = _Reuse(overlaid=overlaid)
     else:
         rows, slab, workspace = slab_tiles(costs, n, budget)
@@ -162,57 +126,10 @@ def plan(
         budget_bytes=int(budget),
         workspace_bytes=int(workspace),
         gradient_bytes=needs[0] * tokens * H * size + (needs[1] * H + needs[2]) * V * weight_size,
-        accumulator_bytes=_accumulators(name, needs, costs, tokens, size, weight_size, several),
+        accumulator_bytes=accumulators(name, needs, H, V, tokens, size, weight_size, several),
         saved_bytes=n * H * 4 if name == "frozen" else reuse.kept_bytes,
+        exponentials=reuse.transit > 0,
     )
-
-
-def _accumulators(
-    name: str, needs: tuple[bool, bool, bool], costs: Costs, tokens: int, size: int, weight_size: int, several: bool
-) -> int:
-    """Bytes of float32 accumulators of 16-bit gradients; `several`: the weight's is a sum of several products."""
-    total = 0
-    if name == "streamed" and size < 4:
-        total += needs[0] * tokens * costs.H * 4
-    if weight_size < 4:
-        total += needs[1] * costs.V * costs.H * 4 if name == "streamed" or several else 0
-        total += needs[2] * costs.V * 4
-    return total
-
-
-def choose(needs: tuple[bool, bool, bool], group_rows: int | None, schedule: str) -> tuple[str, str]:
-    if schedule not in ("auto", *SCHEDULES):
-        raise ValueError(f"schedule must be one of {('auto', *SCHEDULES)}, got {schedule!r}")
-    if not any(needs):
-        return "forward", "no gradient is needed"
-    if schedule != "auto":
-        if schedule == "streamed" and group_rows is None:
-            raise ValueError(
-                "schedule='streamed' needs a loss over groups: call linear_loss or one of the linear_*_loss functions"
-            )
-        if schedule == "frozen" and (needs[1] or needs[2]):
-            raise ValueError(
-                "schedule='frozen' needs a weight and bias without gradient; detach them, or take 'deferred'"
-            )
-        if schedule == "overlaid" and not needs[1]:
-            raise ValueError(
-                "schedule='overlaid' keeps logits in the memory of weight's gradient, but weight needs none; take "
-                "'deferred' or 'auto'"
-            )
-        if schedule == "frozen" and not needs[0]:
-            raise ValueError(
-                "schedule='frozen' prepares hidden's gradient, but hidden needs none; take 'forward' or 'auto'"
-            )
-        if schedule == "forward":
-            raise ValueError(
-                "schedule='forward' computes no gradient, but one is needed; detach the inputs or take 'auto'"
-            )
-        return schedule, "asked for"
-    if group_rows is not None:
-        return "streamed", "the loss of a group is known as soon as its log-probs are"
-    if not needs[1] and not needs[2]:
-        return "frozen", "weight and bias need no gradient"
-    return "deferred", "the loss is known after the forward"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalign.ops.scans import segment_sums_torch
+from fastalign.ops.sequence_ops import segment_sums
+
 
 def sequence_logps(
-    per_token_logps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "sum"
-) -> Tensor:
+    per_token_logps: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "sum",
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Per-sequence log-probs, differentiable, summed in float64 in a fixed order.
 
         logps(y) = Σ_{n ∈ y} logps_n          reduction="mean": divided by |y|, the number of tokens summed
@@ -19,39 +23,29 @@ def sequence_logps(
             included, do not leak.
         cu_seqlens: (B + 1,) int32 or int64, from 0 to N: sequence b is tokens cu_seqlens[b]:cu_seqlens[b+1].
         reduction: "sum" or "mean"; the mean of an empty sequence is 0.
+        backend: "auto", "torch" or "triton", a kernel that reads every token once and serves CUDA tensors.
     Returns:
         (B,) in per_token_logps' dtype.
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction.
+        ValueError: shapes that do not fit, an unknown reduction, a backend that cannot run.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    if mask is not None:
-        if mask.shape != per_token_logps.shape:
-            raise ValueError(
-                f"mask must be {tuple(per_token_logps.shape)} like per_token_logps, got {tuple(mask.shape)}"
-            )
-        per_token_logps = torch.where(mask.bool(), per_token_logps, 0.0)
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    values, device = per_token_logps, per_token_logps.device
+    if mask is not None and mask.shape != values.shape:
+        raise ValueError(f"mask must be {tuple(values.shape)} like per_token_logps, got {tuple(mask.shape)}")
+    if values.dim() != (2 if cu_seqlens is None else 1):
+        accepted = "(B, T), or (N,) with cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise ValueError(f"per_token_logps must be {accepted}; got shape {tuple(values.shape)}")
     if cu_seqlens is None:
-        if per_token_logps.dim() != 2:
-            raise ValueError(
-                f"per_token_logps must be (B, T), or (N,) with cu_seqlens; got shape {tuple(per_token_logps.shape)}"
-            )
-        sums = per_token_logps.sum(dim=1, dtype=torch.float64).to(per_token_logps.dtype)
-        counts = per_token_logps.new_full((1,), per_token_logps.shape[1]) if mask is None else mask.sum(dim=1)
+        offsets = torch.arange(values.shape[0] + 1, device=device) * values.shape[1]
     else:
-        if per_token_logps.dim() != 1:
-            raise ValueError(f"per_token_logps must be (N,) with cu_seqlens, got shape {tuple(per_token_logps.shape)}")
-        offsets = cu_seqlens.to(device=per_token_logps.device, dtype=torch.int64, non_blocking=True)
-        sums = segment_sum(per_token_logps, offsets)
-        counts = offsets.diff() if mask is None else segment_sum(mask.to(per_token_logps.dtype), offsets)
+        offsets = cu_seqlens.to(device=device, dtype=torch.int64, non_blocking=True)
+    flat = None if mask is None else mask.reshape(-1).bool()
+    if backend == "triton" or (backend == "auto" and values.is_cuda):
+        sums, counts = segment_sums(values.reshape(-1), flat, offsets, backend)
+    else:
+        sums, counts = segment_sums_torch(values.reshape(-1), flat, offsets)
     return sums if reduction == "sum" else sums / counts.clamp(min=1)
-
-
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Σ of values (N,) between consecutive offsets (B + 1,) int64 on the same device; 0 for an empty segment.
-
-    Summed in float64, which costs nothing on a vector: a margin is the small difference of two large sums.
-    """
-    sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, axis=0, initial=0.0, unsafe=True)
-    return sums.to(values.dtype)

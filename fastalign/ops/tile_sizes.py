@@ -1,4 +1,7 @@
-"""How large the tiles of a call are and what they take: the arithmetic under the planner. Integers only, pure."""
+"""How large a CPU's tiles are and what they take: the arithmetic under the planner. Integers only, pure.
+
+Those of accelerators are in fastalign.ops.gpu_schedule.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def align(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Bytes per unit of the pieces of a tile, for one device type and dtype."""
+    """Bytes per unit of the pieces of a tile."""
 
     H: int
     V: int
@@ -33,33 +36,27 @@ class Costs:
         return self.H * self.element + (self.H * 4 if self.grad_buffer else 0)  # the rows are gathered
 
 
-def head_costs(
-    H: int, V: int, dtype: torch.dtype, weight_dtype: torch.dtype, device_type: str, needs_hidden: bool
-) -> Costs:
+def head_costs(H: int, V: int, dtype: torch.dtype, weight_dtype: torch.dtype, needs_hidden: bool) -> Costs:
     size = torch.empty((), dtype=dtype).element_size()
-    on_cpu = device_type == "cpu"
-    gemm_size = max(size, 4) if on_cpu else size  # CPU GEMMs run on float32 operands
+    gemm_size = max(size, 4)  # GEMMs run on float32 operands
     converts = weight_dtype != dtype or gemm_size != size
     steps = gemm_size + (size if weight_dtype != dtype and gemm_size != size else 0)  # rounded to `dtype`, then widened
     weight_copy = H * steps if converts else 0
     return Costs(H, V, gemm_size, max(4, gemm_size), weight_copy, grad_buffer=needs_hidden)
 
 
-def whole_tiles(
-    costs: Costs, n: int, budget: int, device_type: str, group_rows: int | None, sink: int
-) -> tuple[int, int, int, int]:
+def whole_tiles(costs: Costs, n: int, budget: int, group_rows: int | None, sink: int) -> tuple[int, int, int, int]:
     """(rows, slab, overlaid rows, workspace) of tiles that span the vocabulary.
 
     sink: bytes per element of the memory in which the weight's gradient is summed, 0 where it is not needed.
     """
-    on_cpu = device_type == "cpu"
     per_row = costs.per_row() + costs.V * costs.tile
-    slab = min(costs.V, 2048 if on_cpu else 8192)
+    slab = min(costs.V, 2048)
     if costs.weight_copy:
         spare = min(budget // 4, budget - per_row * ROW_ALIGN)  # beside the smallest tile
         slab = min(slab, max(MIN_SLAB, spare // costs.weight_copy // MIN_SLAB * MIN_SLAB))
     room = max(budget - slab * costs.weight_copy, per_row * ROW_ALIGN)
-    most = 512 if on_cpu else 8192
+    most = 512
     rows = max(ROW_ALIGN, min(room // per_row, most) // ROW_ALIGN * ROW_ALIGN)
     overlaid = 0
     beside = per_row + slab * costs.tile  # a group that fills several tiles overlays, with a slab of scratch beside one
@@ -74,7 +71,7 @@ def whole_tiles(
 def slab_tiles(costs: Costs, n: int, budget: int) -> tuple[int, int, int]:
     """(rows, slab, workspace) of tiles of one slab, as many rows as a quarter of the budget takes the inputs of.
 
-    Tiles of about 8 MiB stay in a CPU's last-level cache between the GEMM and the row kernel.
+    Tiles of about 8 MiB stay in the last-level cache between the GEMM and the row kernel.
     """
     per_row = costs.per_row()
     most = (budget - MIN_SLAB * costs.weight_copy) // (per_row + MIN_SLAB * costs.tile)  # with the smallest slab

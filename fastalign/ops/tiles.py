@@ -6,7 +6,9 @@ padding rows are zero and take no part in the row kernels). On the CPU tiles are
 memory, which is the orientation its GEMMs are fastest in; elsewhere they are token-major.
 
 16-bit inputs: logits are float32 always. On the CPU slabs of the weight are widened inside the workspace; on CUDA the
-GEMM writes float32 (`out_dtype`) and the gradient is written in 16 bits over the tile.
+GEMM writes float32 (`out_dtype`) and the gradient is written in 16 bits over the tile. Where a slab is the whole
+vocabulary, each gradient is one product there: the weight's is written in 16 bits by the GEMM, hidden's in pieces of
+float32 that are rounded once.
 """
 
 from __future__ import annotations
@@ -17,38 +19,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastalign.ops import devices, whole_tiles
+from fastalign.ops import live as device_rows
 from fastalign.ops import rows as R
 from fastalign.ops.backends import Backend
-from fastalign.ops.schedule import Plan
+from fastalign.ops.gpu_call import pitch
+from fastalign.ops.plans import Plan
+from fastalign.ops.sinks import Sinks, add_scaled
 from fastalign.ops.tile_sizes import align
 from fastalign.ops.workspace import Workspace
 
 
 @dataclass(slots=True)
-class Sinks:
-    """Where gradients go; None is not needed. Each is float32 (or float64), or a 16-bit result written exactly once."""
-
-    hidden: Tensor | None = None  # (N, H); rows of a tile are written once, when the tile is done
-    weight: Tensor | None = None  # (V, H)
-    bias: Tensor | None = None  # (V,); always added to, so it starts at zero
-    first: bool = True  # nothing has been added to `weight` yet, so it needs no zeroing
-    compact: bool = False  # `hidden` is (n, H), in the order of the scored rows
-
-    def close(self) -> None:
-        """All tiles are done. Without a row that contributes none was, and `weight` is still what its memory held."""
-        if self.first and self.weight is not None:
-            self.weight.zero_()
-
-
-@dataclass(slots=True)
 class Block:
-    """Rows of one tile: their indices in hidden (None: a range), inputs, targets. `h` is padded to `align(n)` rows."""
+    """Rows of one tile: their indices in hidden (None: a range), inputs, targets. `h` is padded to `align(n)` rows.
+
+    copied: `h` is in the workspace, so that it may be overwritten.
+    """
 
     start: int
     stop: int
     index: Tensor | None
     h: Tensor
     targets: Tensor
+    copied: bool = True
 
     @property
     def n(self) -> int:
@@ -60,35 +54,44 @@ class Tiles:
 
     hidden (N, H) in the compute dtype; weight (V, H) in the compute dtype or a wider one (rounded to it slab by slab);
     bias (V,) or None; targets (N,) int64; rows (n,) int64, the rows that count in the order they are worked on, or None
-    for all.
+    for all. skip_rows: fastalign.ops.live.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor | None, spec:
         R.RowSpec,
-        plan: Plan, backend: Backend,
+        plan: Plan, backend: Backend, skip_rows: str = "auto",
     ) -> None:  # fmt: skip
         self.hidden, self.weight, self.bias, self.targets, self.rows = hidden, weight, bias, targets, rows
-        self.spec, self.plan, self.backend = spec, plan, backend
+        self.spec, self.plan, self.backend, self.skip_rows = spec, plan, backend, skip_rows
         self.V = weight.shape[0]
         self.device = hidden.device
-        self.vocab_major = self.device.type == "cpu"
+        self.vocab_major = devices.gemm_style(self.device) == "cpu"
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.wide = wide
         self.operand = wide if self.vocab_major else hidden.dtype
         self.workspace = Workspace(self.device)
 
+    @property
+    def in_one(self) -> bool:
+        """Whether the vocabulary is one slab, of which each gradient is one product."""
+        return not self.vocab_major and self.plan.slab >= self.V
+
     # ---- workspace
 
     def new_tile(self, n: int, v: int, name: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """An (align(n), v) tile in the device's orientation, from the workspace if it has a name."""
-        shape = (v, align(n)) if self.vocab_major else (align(n), v)
+        shape = (v, align(n)) if self.vocab_major else (align(n), pitch(v))
         dtype = self.wide if dtype is None else dtype
         if name is None:
             tile = torch.empty(shape, dtype=dtype, device=self.device)
         else:
             tile = self.workspace.buffer(name, shape, dtype)
-        return tile.t() if self.vocab_major else tile
+        return tile.t() if self.vocab_major else tile[:, :v]
+
+    def whole_rows(self, tile: Tensor) -> Tensor:
+        """A tile of its own (`new_tile` without a name) with the columns that pad its rows: contiguous."""
+        return tile.as_strided((tile.shape[0], tile.stride(0)), (tile.stride(0), 1))
 
     def overlay(self, sink: Tensor, rows: int) -> list[Tensor]:
         """Tiles (align(rows), slab) of `wide`, one per slab, each in the memory of its own columns of `sink` (V, H)."""
@@ -98,22 +101,43 @@ class Tiles:
             slabs.append(memory.view(v1 - v0, padded).t() if self.vocab_major else memory.view(padded, v1 - v0))
         return slabs
 
-    def block(self, start: int, stop: int, index: Tensor | None = None) -> Block:
-        """Gather rows start:stop of the scored rows (or those of `index`) into the workspace."""
+    def block(self, start: int, stop: int, index: Tensor | None = None, *, copy: bool = False) -> Block:
+        """Gather rows start:stop of the scored rows (or those of `index`) into the workspace; a range of rows that fits
+        the GEMM as it lies is not copied, unless `copy`."""
+        block = self.bare_block(start, stop, index)
+        index, n, hidden = block.index, block.n, self.hidden
+        fits = n == align(n) and hidden.dtype == self.operand and hidden.stride(1) == 1
+        if index is None and fits and not copy:
+            block.h, block.copied = hidden[start:stop], False
+            return block
+        h = block.h = self.workspace.buffer("rows", (align(n), hidden.shape[1]), self.operand)
+        if index is not None and hidden.dtype == self.operand:
+            torch.index_select(hidden, 0, index, out=h[:n])
+        else:
+            h[:n].copy_(hidden[start:stop] if index is None else hidden.index_select(0, index))
+        h[n:].zero_()
+        return block
+
+    def bare_block(self, start: int, stop: int, index: Tensor | None = None) -> Block:
+        """A block without its inputs: `h` is empty."""
         if index is None and self.rows is not None:
             index = self.rows[start:stop]
-        n = stop - start
-        if index is None and n == align(n) and self.hidden.dtype == self.operand and self.hidden.stride(1) == 1:
-            return Block(start, stop, None, self.hidden[start:stop], self.targets[start:stop])
-        h = self.workspace.buffer("rows", (align(n), self.hidden.shape[1]), self.operand)
-        picked = self.hidden[start:stop] if index is None else None
-        if picked is None and self.hidden.dtype == self.operand:
-            torch.index_select(self.hidden, 0, index, out=h[:n])  # type: ignore[arg-type]
-        else:
-            h[:n].copy_(self.hidden.index_select(0, index) if picked is None else picked)  # type: ignore[arg-type]
-        h[n:].zero_()
         targets = self.targets[start:stop] if index is None else self.targets.index_select(0, index)
-        return Block(start, stop, index, h, targets)
+        return Block(start, stop, index, self.hidden[:0], targets)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Rows of hidden that the scored rows start:stop are."""
+        return torch.arange(start, stop, device=self.device) if self.rows is None else self.rows[start:stop]
+
+    def fused_inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(hidden, weight, bias, targets, rows) of scored rows start:stop, as the fused kernels take them."""
+        if self.rows is not None:
+            return self.hidden, self.weight, self.bias, self.targets, self.rows[start:stop]
+        return self.hidden[start:stop], self.weight, self.bias, self.targets[start:stop], None
+
+    def live_rows(self, coef: R.RowCoef) -> Tensor | None:
+        """Rows that the gradient GEMMs are confined to, where the host knows them; None: all, or `device_rows`."""
+        return R.live_rows(coef) if self.vocab_major and self.skip_rows != "never" else None
 
     def _take(self, block: Block, rows: Tensor) -> Block:
         """Some rows of a block, in the memory of its `h`."""
@@ -129,7 +153,7 @@ class Tiles:
         for v0 in range(0, self.V, self.plan.slab):
             yield v0, min(v0 + self.plan.slab, self.V)
 
-    def _weight_slab(self, v0: int, v1: int) -> Tensor:
+    def weight_slab(self, v0: int, v1: int) -> Tensor:
         slab = self.weight[v0:v1]
         if slab.dtype != self.hidden.dtype:  # rounded as autocast rounds it
             slab = self.workspace.buffer("rounded", (v1 - v0, slab.shape[1]), self.hidden.dtype).copy_(slab)
@@ -137,12 +161,12 @@ class Tiles:
             slab = self.workspace.buffer("widened", (v1 - v0, slab.shape[1]), self.operand).copy_(slab)
         return slab
 
-    def _bias_slab(self, v0: int, v1: int) -> Tensor | None:
+    def bias_slab(self, v0: int, v1: int) -> Tensor | None:
         return None if self.bias is None else self.bias[v0:v1].to(self.wide)
 
     # ---- the two halves of a tile
 
-    def _logits(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
+    def logits(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
         if self.vocab_major:
             torch.mm(weight, h.t(), out=out.t())
         elif self.hidden.dtype == self.wide:
@@ -161,14 +185,14 @@ class Tiles:
                 tile = self.new_tile(block.n, v1 - v0, "tile")
             else:
                 tile = keep[i] if isinstance(keep, list) else keep[:, v0:v1]
-            self._logits(block.h, self._weight_slab(v0, v1), tile)
-            self.backend.row_stats(tile[: block.n], self._bias_slab(v0, v1), block.targets, v0, state, self.spec)
+            self.logits(block.h, self.weight_slab(v0, v1), tile)
+            self.backend.row_stats(tile[: block.n], self.bias_slab(v0, v1), block.targets, v0, state, self.spec)
         return state
 
     def keep_exponentials(self, tile: Tensor, stats: R.RowStats, out: Tensor) -> None:
         """Write exp(z − max) of a finished float32 tile (n, V) to 16-bit `out`."""
         for v0, v1 in self._slabs():
-            self.backend.row_exp(tile[:, v0:v1], self._bias_slab(v0, v1), stats, self.spec, out[:, v0:v1])
+            self.backend.row_exp(tile[:, v0:v1], self.bias_slab(v0, v1), stats, self.spec, out[:, v0:v1])
 
     def backward(
         self, block: Block, stats: R.RowStats, coef: R.RowCoef, sinks: Sinks, tile: Tensor | None = None, *,
@@ -176,18 +200,19 @@ class Tiles:
     ) -> None:  # fmt: skip
         """Turn a tile into its gradient, slab by slab, and add it to the sinks.
 
-        Only `live_rows` take part, gathered to the front of the tile (or of the scratch): the GEMMs are as short as the
-        block has live rows. The block's `h` may be overwritten by theirs.
+        Only live rows take part. Where the host knows them they are gathered to the front of the tile (or of the
+        scratch); on a device as fastalign.ops.live says. The block's `h` may be overwritten by theirs.
 
         tile: u of the block (align(n), V), or its exponentials (n, V); None computes the logits again. Unless
             `overwrite`, the tile is left as it is, for another backward.
         overlaid: u of the block's first rows, slab by slab, in memory that the weight's gradient may take as soon as a
             slab has been read; with it and without `tile` only the other rows' logits are computed again.
         """
-        live = None if sinks.compact else R.live_rows(coef)
+        live = None if sinks.compact else self.live_rows(coef)
         nothing = sinks.hidden is None and sinks.weight is None and sinks.bias is None
         if nothing or (live is not None and not len(live)):
             return
+        alive = None if sinks.compact else device_rows.find(self, block, coef)
         again = block.n if tile is not None else 0  # first row whose logits are computed again
         if overlaid is not None and tile is None:
             again = min(overlaid[0].shape[0], align(block.n))
@@ -199,7 +224,8 @@ class Tiles:
         if self.operand == torch.float16:
             coef, scale = R.rescale(coef)
         index = None if sinks.compact else block.index
-        grad_rows = None if sinks.hidden is None else self._grad_rows(block, index, sinks.hidden)
+        in_one = self.in_one
+        grad_rows = None if sinks.hidden is None or in_one else self._grad_rows(block, index, sinks.hidden)
         pieces = [
             (part, block.targets[part], *R.cut(stats, coef, part.start, part.stop))
             for part in (slice(0, min(again, block.n)), slice(again, block.n))
@@ -207,34 +233,40 @@ class Tiles:
         ]
         for i, (v0, v1) in enumerate(self._slabs()):
             recompute = again < block.n
-            weight = self._weight_slab(v0, v1) if recompute or grad_rows is not None else None
+            weight = self.weight_slab(v0, v1) if recompute or grad_rows is not None else None
             held = tile[:, v0:v1] if tile is not None else None if overlaid is None else overlaid[i]
             u = self.new_tile(block.n, v1 - v0, scratch) if tile is None else tile[: align(block.n), v0:v1]
             if recompute:
                 assert weight is not None
-                self._logits(block.h[again:], weight, u[again:])
-            grad = self._grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
+                if alive is None:
+                    self.logits(block.h[again:], weight, u[again:])
+                else:
+                    alive.logits(weight, u)
+            grad = self.grad_tile(u if overwrite or tile is None else None, block.n, v1 - v0)
             for part, targets, part_stats, part_coef in pieces:
-                bias, rows = self._bias_slab(v0, v1), None
+                bias, rows = self.bias_slab(v0, v1), None
                 source = u[part]
                 if held is not None and part.start < again:
                     source, rows = (held[part], None) if live is None else (held, live[part])
                 self.backend.row_grad(source, bias, targets, v0, part_stats, part_coef, spec, grad[part], rows)
             if align(block.n) != block.n:
                 grad[block.n :].zero_()
+            if in_one:
+                whole_tiles.gradients(self, block, index, grad, sinks, scale, alive=alive)
+                continue
             if sinks.bias is not None:
-                _add(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
+                add_scaled(sinks.bias[v0:v1], grad[: block.n].sum(0, dtype=self.wide), scale)
             if sinks.weight is not None:
-                self._add_weight(sinks, v0, v1, grad, block.h, scale)
+                self.add_weight(sinks, v0, v1, grad, block.h, scale, alive)
             if grad_rows is not None:
                 assert weight is not None
-                self._product(grad_rows, grad, weight, first=v0 == 0)
+                (self.product if alive is None else alive.add_rows)(grad_rows, grad, weight, first=v0 == 0)
         sinks.first = False
-        if sinks.hidden is not None:
-            assert grad_rows is not None
+        if grad_rows is not None:
+            assert sinks.hidden is not None
             self._store_rows(sinks.hidden, block, index, grad_rows if scale is None else grad_rows.mul_(scale))
 
-    def _grad_tile(self, u: Tensor | None, n: int, v: int) -> Tensor:
+    def grad_tile(self, u: Tensor | None, n: int, v: int) -> Tensor:
         """Where a slab's gradient goes: over the tile (in 16 bits where the GEMMs want that), or to scratch."""
         if u is None:
             return self.new_tile(n, v, "tile", self.operand)
@@ -247,13 +279,16 @@ class Tiles:
 
     def _store_rows(self, sink: Tensor, block: Block, index: Tensor | None, grad_rows: Tensor) -> None:
         if index is not None:
-            sink.index_copy_(0, index, grad_rows[: block.n].to(sink.dtype))
+            rows = grad_rows[: block.n]
+            if rows.dtype != sink.dtype == block.h.dtype and block.copied:  # rounded where the rows' inputs were
+                rows = block.h[: block.n].copy_(rows)
+            sink.index_copy_(0, index, rows.to(sink.dtype))
             return
         out = sink[block.start : block.stop]
         if out.data_ptr() != grad_rows.data_ptr():
             out.copy_(grad_rows[: block.n])
 
-    def _product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    def product(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         """out (float32) = or += a @ b, accumulated in float32."""
         beta = 0 if first else 1
         if a.dtype == out.dtype:
@@ -261,11 +296,16 @@ class Tiles:
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
-    def _add_weight(self, sinks: Sinks, v0: int, v1: int, grad: Tensor, h: Tensor, scale: Tensor | None) -> None:
+    def add_weight(
+        self, sinks: Sinks, v0: int, v1: int, grad: Tensor, h: Tensor, scale: Tensor | None,
+        alive: device_rows.LiveRows | None = None,
+    ) -> None:  # fmt: skip
         assert sinks.weight is not None
         out = sinks.weight[v0:v1]
-        if scale is None and out.dtype == self.wide:
-            self._product(out, grad.t(), h, first=sinks.first)
+        if alive is not None:
+            alive.add_depth(out, grad, first=sinks.first, scale=scale)
+        elif scale is None and out.dtype == self.wide:
+            self.product(out, grad.t(), h, first=sinks.first)
         elif (
             scale is None and out.dtype == self.operand
         ):  # one tile covers all rows: the GEMM rounds its float32 sum once
@@ -273,15 +313,8 @@ class Tiles:
             torch.mm(grad.t(), h, out=out)
         else:
             part = self.workspace.buffer("weight_part", (v1 - v0, h.shape[1]), self.wide)
-            self._product(part, grad.t(), h, first=True)
+            self.product(part, grad.t(), h, first=True)
             if sinks.first:
                 out.copy_(part if scale is None else part.mul_(scale))
             else:
-                _add(out, part, scale)
-
-
-def _add(out: Tensor, part: Tensor, scale: Tensor | None) -> None:
-    if scale is None:
-        out.add_(part)
-    else:
-        out.addcmul_(part, scale.to(part.dtype))
+                add_scaled(out, part, scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastalign.models import Head
-from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Plan, plan
+from fastalign.ops.schedule import DEFAULT_WORKSPACE_MB, Kernels, Plan, plan
 from fastalign.planning.recorder import Recorder
 
 
@@ -79,11 +79,13 @@ class PlannedHead:
             torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)
         ]
         megabytes = settings.workspace_mb
+        served = settings.device_type != "cpu" and dtype == head.weight.dtype and dtype.itemsize == 2
         return plan(
             hidden.shape[0], hidden.shape[1], head.weight.shape[0], dtype=dtype, weight_dtype=head.weight.dtype,
             device_type=settings.device_type, needs=(needs[0], needs[1], needs[2]),
             group_rows=(1 if settings.by_token else group_rows) if settings.streamed else None,
             workspace_bytes=None if megabytes is None else int(megabytes * 2**20), schedule=settings.schedule,
+            kernels=Kernels(forward=True, exponentials=True) if served else None,
         )  # fmt: skip
 
     def count(self, found: Plan, gemms: float, hidden_size: int, vocab: int) -> None:
@@ -101,7 +103,7 @@ class _PlannedLoss(torch.autograd.Function):
         with owner.recorder.phase("head"):
             owner.count(found, found.gemms, weight.shape[1], weight.shape[0])
             if found.schedule == "streamed":
-                ctx.kept = _gradients(shapes, torch.float32)
+                ctx.kept = _gradients(shapes, torch.float32 if found.accumulator_bytes else None)
             elif found.overlaid_rows:
                 ctx.kept = _gradients([None, shapes[1], None], None)
             if found.saved_bytes:

@@ -43,6 +43,11 @@ class ShardRecord:
     sha256: str
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name that a file gave stays inside its folder: caches may come from anywhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
+
+
 def row_crc(key: bytes, logps: np.ndarray) -> int:
     return zlib.crc32(logps.data, zlib.crc32(key))
 
@@ -94,7 +99,9 @@ class Shard:
             raise DamagedFileError(path, "the checksum of its index does not fit")
         if (self.metadata.get("format"), self.metadata.get("version")) != (_FORMAT, _VERSION):
             raise DamagedFileError(path, f"its format is {self.metadata.get('format')} {self.metadata.get('version')}")
-        self.reference = self.metadata["reference"]
+        self.reference = self.metadata.get("reference", "")
+        if not is_plain_name(self.reference):
+            raise DamagedFileError(path, f"the reference it names is {self.reference!r}, no digest")
         self._offsets: np.ndarray = tensors["offsets"]
         self._crc: np.ndarray = tensors["crc"]
 
@@ -105,6 +112,8 @@ class Shard:
         for name, tensor in tensors.items():
             if tensor.shape != shapes[name] or tensor.dtype != _DTYPES[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}")
+        if tensors["offsets"][0] != 0 or (np.diff(tensors["offsets"]) < 1).any():
+            raise ValueError("its offsets do not ascend from 0")
         if self._logps.get_dtype() != "F32" or tensors["offsets"][-1] != tokens:
             raise ValueError(f"logps is {self._logps.get_dtype()} of {tokens}, offsets end at {tensors['offsets'][-1]}")
         return tokens

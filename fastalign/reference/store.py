@@ -19,7 +19,7 @@ from typing import Any
 
 from fastalign.reference.errors import CacheError, DamagedFileError
 from fastalign.reference.files import TEMPORARY, file_sha256, read_json, write_json
-from fastalign.reference.shards import SUFFIX, Shard, ShardRecord
+from fastalign.reference.shards import SUFFIX, Shard, ShardRecord, is_plain_name
 
 FORMAT = {"format": "fastalign-reference-cache", "version": 1}
 FORMAT_FILE = "format.json"
@@ -190,10 +190,12 @@ class Store:
 def _record(fields: dict[str, Any]) -> ShardRecord:
     record = ShardRecord(**fields)
     _plain_name(record.file)
+    if not is_plain_name(record.reference):
+        raise ValueError(f"{record.reference!r} is no reference digest")
     return record
 
 
 def _plain_name(name: str) -> str:
-    if name != Path(name).name or not name.endswith(SUFFIX):
+    if not is_plain_name(name) or not name.endswith(SUFFIX):
         raise ValueError(f"{name!r} is not the name of a shard")
     return name

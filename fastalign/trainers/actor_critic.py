@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from fastalign.models.actor_critic import CRITIC_FOLDER, VALUE_HEAD_FILE, ActorCritic
 from fastalign.models.checkpoints import load_renamed_weights
+from fastalign.models.sharding import whole
 from fastalign.trainers.base import STATE_FILE, FusedTrainer
 from fastalign.types import Metric
 
@@ -60,9 +61,9 @@ class ActorCriticTrainer(FusedTrainer):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         limit = self.args.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.actor_critic.critic.parameters(), limit)
+        norm = whole(nn.utils.clip_grad_norm_(self.actor_critic.critic.parameters(), limit))
         self._train_meter.update({"val/critic_grad_norm": Metric(norm.detach(), torch.ones_like(norm))})
-        return nn.utils.clip_grad_norm_(self.actor_critic.policy.parameters(), limit)
+        return whole(nn.utils.clip_grad_norm_(self.actor_critic.policy.parameters(), limit))
 
     # ---- saving and loading
 
@@ -72,11 +73,13 @@ class ActorCriticTrainer(FusedTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        with self._as_model(self.actor_critic.policy):
-            super()._save(folder)
-        if self.args.should_save:
-            self.actor_critic.save_critic(folder)
+        folder, both = output_dir or self.args.output_dir, self.actor_critic
+        with self._as_model(both.policy):
+            super()._save(folder, state_dict)
+        critic_state = None
+        if self.is_fsdp_enabled and both.critic is not None:  # gathered by all processes, for the one that writes
+            critic_state = self.accelerator.get_state_dict(both.critic)
+        both.save_critic(folder, critic_state=critic_state, writes=self.args.should_save)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, of the policy."""
@@ -91,11 +94,17 @@ class ActorCriticTrainer(FusedTrainer):
                 "checkpoint of such a run"
             )
         self._check_critic(folder)
+        if self.is_fsdp_enabled:  # one file holds both
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         with self._as_model(self.actor_critic.policy):
             super()._load_from_checkpoint(resume_from_checkpoint, self.actor_critic.policy)
         self._load_critic(folder)
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
         with self._as_model(self.actor_critic.policy):
             super()._load_best_model()
         assert self.state.best_model_checkpoint is not None

@@ -12,9 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -22,18 +20,20 @@ from fastalign.models.causal import HeadFn
 from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.trainers.batches import Batch, num_examples, split_batch
+from fastalign.trainers.checkpoints import CheckpointingTrainer
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
 from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
+from fastalign.trainers.sharding import check_shardable
 from fastalign.trainers.token_batches import token_dataloader
 from fastalign.types import LossOutput, Metric
 
 STATE_FILE = "fastalign_state.json"
 
 
-class FusedTrainer(Trainer):
+class FusedTrainer(CheckpointingTrainer):
     """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
     Subclasses give `batch_loss`, `num_items`, `columns` and `evaluation_data`. The loss of an optimizer step is the
@@ -57,9 +57,8 @@ class FusedTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel: start one "
                 "process per GPU (torchrun, accelerate launch), or show it one GPU with CUDA_VISIBLE_DEVICES"
             )
-        for feature in ("fsdp", "deepspeed"):  # a launcher may turn them on past the config
-            if getattr(self, f"is_{feature}_enabled"):
-                raise ValueError(f"{feature} is not supported yet: run with DistributedDataParallel")
+        if self.is_fsdp_enabled:
+            check_shardable(model)
         if (shards := self.get_tp_size() * self.get_cp_size() * self.get_sp_size()) != 1:
             raise ValueError(f"tensor, context and sequence parallelism are not supported yet, got {shards} shards")
         given = self.args.micro_batch_tokens
@@ -71,6 +70,7 @@ class FusedTrainer(Trainer):
         self._tokens = TokenCounter()  # of this process, since the last log
         self._total_tokens = 0.0  # of all processes, since training began
         self._clock: float | None = None
+        self._stand_guard()
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(MetricsProgress)
@@ -87,7 +87,7 @@ class FusedTrainer(Trainer):
     def _planned(self, batch: Batch, *, every_token: bool = False, seen: int | None = None) -> TokenLayout | None:
         """The layout of a batch, whose tokens are counted if they are trained on; seen: as in `TokenCounter.add`."""
         layout = plan_layout(batch, self.token_layout, every_token=every_token)
-        if torch.is_grad_enabled() and len(batch["rows"]):  # without rows it stands in for a batch
+        if torch.is_grad_enabled() and len(batch["rows"]) and self._counts:  # without rows it stands in for a batch
             useful, padded = int(np.sum(batch["lengths"])), batch["input_ids"].numel()
             computed, padding = (padded, padded - useful) if layout is None else (layout.computed, 0)
             self._tokens.add(useful, computed, padding, seen=seen)
@@ -128,15 +128,18 @@ class FusedTrainer(Trainer):
             self._clock = time.perf_counter()
         pieces = self._pieces(inputs)
         total: Tensor | None = None
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for index, (piece, counts) in enumerate(pieces):
+            with self._taking(counts, model, reduces=index == len(pieces) - 1 and self._ends_step()):
                 loss = super().training_step(model, piece, num_items_in_batch)
             total = loss if total is None else total + loss
         assert total is not None
         return total
 
-    def _pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
+    def _pieces(self, batch: Batch, examples: int | None = None) -> list[tuple[Batch, bool]]:
+        """The batch in pieces of at most `micro_batch_tokens`, as `_alike` gives them."""
+        return self._alike(self._own_pieces(batch, examples))
+
+    def _own_pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
         return split_batch(
             batch, self.micro_batch_tokens, layout=self.token_layout, examples=examples,
             multiple_of=self.args.pad_to_multiple_of,
@@ -144,12 +147,13 @@ class FusedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Trainer's, or one of batches of at most `max_tokens_per_batch` computed tokens."""
-        if self.args.max_tokens_per_batch is None:
-            return super().get_train_dataloader()
-        if self.train_dataset is None:
-            raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
-        data = self._remove_unused_columns(self.train_dataset, description="training")
-        return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
+        with self._numbering():
+            if self.args.max_tokens_per_batch is None:
+                return super().get_train_dataloader()
+            if self.train_dataset is None:
+                raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
+            data = self._remove_unused_columns(self.train_dataset, description="training")
+            return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
 
     def compute_loss(
         self,
@@ -161,6 +165,8 @@ class FusedTrainer(Trainer):
         if return_outputs:
             raise ValueError("return_outputs=True: no logits exist to return")
         output = self.batch_loss(model, inputs, num_items_in_batch)
+        if not self._counts:
+            return output.loss * 0
         self._train_meter.update(output.metrics)
         # data parallelism averages gradients over processes, and the loss is already a share of the global mean
         return output.loss * self.accelerator.num_processes if num_items_in_batch is not None else output.loss
@@ -191,12 +197,12 @@ class FusedTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         own = self._own_examples(num_examples(inputs))
         # a process without examples of its own takes part with weight zero, so that all report the same metrics
-        for piece in self._pieces(inputs, max(own, 1)):
-            with torch.no_grad(), self.compute_loss_context_manager():
+        for piece, counts in self._pieces(inputs, max(own, 1)):
+            with self._taking(counts), torch.no_grad(), self.compute_loss_context_manager():
                 output = self.batch_loss(model, piece, None)
             items = torch.full_like(output.loss, self.num_items(piece))
             metrics = {"loss": Metric(output.loss.detach() * items, items)} | output.metrics
-            if own == 0:
+            if own == 0 or not counts:
                 metrics = {name: Metric(metric.total * 0, metric.weight * 0) for name, metric in metrics.items()}
             self._eval_meter.update(metrics)
         return torch.zeros((), device=self.args.device), None, None
@@ -210,7 +216,7 @@ class FusedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._eval_meter.clear()
-        with self._clock_stopped():
+        with self._evaluation(), self._clock_stopped():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values, sums = self._eval_meter.values(self._sum_over_processes)
         values |= standard_errors(sums)
@@ -234,9 +240,6 @@ class FusedTrainer(Trainer):
 
     # ---- logging
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
-
     def _new_tokens(self) -> list[float]:
         """The counts of all processes since this was last asked; see `TokenCounter`."""
         wide = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -259,10 +262,14 @@ class FusedTrainer(Trainer):
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside transformers' files, as JSON."""
-        return {"num_tokens": self._total_tokens, "chosen_size": self._chosen_size}
+        return {
+            "num_tokens": self._total_tokens, "chosen_size": self._chosen_size, "guard": self.guard.state_dict()
+        }  # fmt: skip
 
     def restore_run_state(self, state: dict[str, Any]) -> None:
         self._total_tokens = state["num_tokens"]
+        if "guard" in state:  # checkpoints of earlier versions have none
+            self.guard.load_state_dict(state["guard"])
         chosen, own = state.get("chosen_size"), self._chosen_size
         if chosen is not None and own is not None and chosen[1] == own[1]:  # another budget is another choice
             self._chosen_size = (chosen[0], chosen[1])
@@ -272,31 +279,39 @@ class FusedTrainer(Trainer):
         self._new_tokens()  # counted, so that they are in the checkpoint
         super()._save_checkpoint(model, trial)
         self._clock = None
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / STATE_FILE
+    def write_run_files(self, folder: Path) -> None:
+        (folder / STATE_FILE).write_text(json.dumps(self.run_state()), encoding="utf-8")
+
+    def _restore(self, checkpoint: str) -> None:
+        file = Path(checkpoint) / STATE_FILE
         if file.is_file():
             self.restore_run_state(json.loads(file.read_text(encoding="utf-8")))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # which loads by itself
+            self._restore(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._restore(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_renamed_weights(self.model if model is None else model, resume_from_checkpoint)
+        self._load_renamed(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
-        load_renamed_weights(self.model, self.state.best_model_checkpoint)
+        self._load_renamed(self.model, self.state.best_model_checkpoint)
+
+    def _load_renamed(self, model: nn.Module, folder: str | Path) -> None:
+        if not self.is_fsdp_enabled:  # which keeps a file under the modules' own names
+            load_renamed_weights(model, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model (or adapter), tokenizer, chat template and generation config; see `merge_adapter` for `merged/`."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call or not self.args.should_save or not getattr(self.args, "merge_adapter", False):
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            raise ValueError("merge_adapter=True, but the model has no adapter")
-        folder = os.path.join(output_dir or self.args.output_dir, "merged")
-        save_merged(model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        if not _internal_call and self.args.should_save and getattr(self.args, "merge_adapter", False):
+            folder = os.path.join(output_dir or self.args.output_dir, "merged")
+            save_merged(self.accelerator.unwrap_model(self.model), folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)

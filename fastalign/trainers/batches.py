@@ -19,6 +19,9 @@ from fastalign.models.batches import prompt_runs
 
 Batch = dict[str, Any]
 
+ROW_NUMBERS = "row_numbers"
+"""Of a batch, where it is known: (examples,) numpy int64, the data set's rows that its examples were read from."""
+
 
 def sequence_groups(batch: Batch) -> np.ndarray:
     """(S,) int64, on the host: the example that each sequence belongs to, numbered from 0."""

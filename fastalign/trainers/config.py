@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastalign.data.formats import FORMATS
@@ -13,7 +14,10 @@ from fastalign.data.length import ON_LONG_PROMPT, TRUNCATION_MODES
 from fastalign.data.preferences import ON_BAD_ROW
 from fastalign.ops.backends import BACKENDS
 from fastalign.ops.schedule import SCHEDULES
+from fastalign.trainers.guards import ACTIONS as BAD_STEP_ACTIONS
+from fastalign.trainers.guards import StepGuard
 from fastalign.trainers.token_settings import TOKEN_LAYOUTS, check_token_settings, padding_multiple, pass_tokens
+from fastalign.trainers.zero import load_whole_models
 
 # Constants per device type, never derived from free memory: the same run does the same work everywhere.
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -193,6 +197,23 @@ class TrainerConfig(TrainingArguments):
         default=False, metadata=described("Also save base and adapter merged into one model, in output_dir/merged.")
     )
 
+    # ---- steps that cannot be trusted
+    on_bad_step: str = field(
+        default="stop",
+        metadata=described(
+            "Stop before a step whose loss or gradient is not finite or beyond the two limits below, leave it out, or "
+            "look at nothing; its rows are written to output_dir/bad_steps.jsonl.",
+            choices=BAD_STEP_ACTIONS,
+        ),
+    )
+    grad_norm_limit: float | None = field(
+        default=None, metadata=described("A gradient's norm above it, before clipping, makes a step bad.")
+    )
+    loss_spike: float | None = field(
+        default=None,
+        metadata=described("A loss so many deviations above the median of the last 100 steps makes a step bad."),
+    )
+
     # ---- TRL's options that are not supported, with the one value each may have
     activation_offloading: bool = field(default=False, metadata=described(REFUSED))
     dataset_num_proc: int | None = field(
@@ -214,9 +235,12 @@ class TrainerConfig(TrainingArguments):
         self.micro_batch_tokens = pass_tokens(self.micro_batch_tokens)
         self._resolve_checkpointing()
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            load_whole_models()
         self._refuse_unsupported()
         self._check_values()
         check_token_settings(self)
+        StepGuard(self.on_bad_step, self.grad_norm_limit, self.loss_spike)  # checks the three
 
     def _resolve_checkpointing(self) -> None:
         """On by default. Newer transformers call it activation_checkpointing and warn of the name that people know."""
@@ -242,14 +266,13 @@ class TrainerConfig(TrainingArguments):
             "label_smoothing_factor": (0, "no logits exist to smooth over"),
             "use_liger_kernel": (False, "it replaces the forward that hands hidden states to the fused head"),
             "torch_compile": (False, "the loss enters the forward as a function of each batch"),
-            "deepspeed": (None, "run with DistributedDataParallel"),
             "batch_eval_metrics": (False, "no logits exist to compute metrics from"),
         }
         for name, (accepted, reason) in others.items():
             if getattr(self, name, accepted) != accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}; accepted is {accepted!r}")
-        if self.fsdp:
-            raise ValueError("fsdp is not supported yet: run with DistributedDataParallel")
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError("fsdp shards over several processes and this is one: start it with torchrun or accelerate")
 
     def _check_values(self) -> None:
         positive = ("lora_r", "lora_alpha", "workspace_mb")

@@ -11,18 +11,19 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastalign.losses import kto_kl
 from fastalign.models import disable_dropout, fuse_head
 from fastalign.models.inference import evaluating
 from fastalign.models.layouts import run_layout
+from fastalign.models.sharding import whole_weights
 from fastalign.reference import ReferenceCache
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch, grouped_by_prompt, num_examples, select_examples
 from fastalign.trainers.dpo_config import DPOConfig
-from fastalign.trainers.dpo_loss import ResponseMeter, RunningShift, Surroundings, fused_loss
+from fastalign.trainers.dpo_loss import AfterStep, ResponseMeter, RunningShift, Surroundings, fused_loss, learned
 from fastalign.trainers.dpo_reference import named
 from fastalign.trainers.dpo_setup import COLUMNS, examples_of, reference_of
 from fastalign.trainers.live_reference import LiveReference
@@ -141,7 +142,7 @@ class DPOTrainer(FusedTrainer):
         if not args.on_pairs:
             self._train_meter, self._eval_meter = ResponseMeter(), ResponseMeter()
         self._around = Surroundings(shift=RunningShift() if args.has_running_shift else None)
-        self.add_callback(_AfterStep(self))
+        self.add_callback(AfterStep(lambda: self.after_step()))
         fuse_head(self.model)
         self._set_layout(self.model, counts_tokens=bool(self._router_coef))
         self._reference.use_layout(self.token_layout)
@@ -204,10 +205,10 @@ class DPOTrainer(FusedTrainer):
             self._around.shift.load_state_dict(state["reward_shift"])
         super().restore_run_state(state)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and isinstance(self._reference, LiveReference):
-            self._reference.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+    def write_run_files(self, folder: Path) -> None:
+        super().write_run_files(folder)
+        if isinstance(self._reference, LiveReference):
+            self._reference.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -241,7 +242,7 @@ class DPOTrainer(FusedTrainer):
             output = with_router_loss(output, aux_loss, self._router_coef, items=items, num_items=num_items)
         else:
             output = self.run_model(model, batch, head_fn)
-        if self._around.shift is not None and num_items is not None:  # in training
+        if self._around.shift is not None and num_items is not None and self._counts:  # in training
             self._around.shift.add(output.metrics)
         return output
 
@@ -249,12 +250,12 @@ class DPOTrainer(FusedTrainer):
         """Pairs, or responses; several of these are one example where they share a prompt."""
         return num_examples(batch) if self.args.on_pairs else len(batch["lengths"])
 
-    def _pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
+    def _own_pieces(self, batch: Batch, examples: int | None = None) -> list[Batch]:
         """Responses to one prompt are in one piece where they share it, unless they have too many tokens together."""
         if self.token_layout == "shared" and "prompts" in batch:
             own = batch if examples is None else select_examples(batch, np.arange(examples))
             batch, examples = grouped_by_prompt(own, self.micro_batch_tokens), None
-        return super()._pieces(batch, examples)
+        return super()._own_pieces(batch, examples)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int | Tensor | None:
         """Items of an optimizer step; and what its loss has to know of all its batches before the first of them."""
@@ -266,25 +267,30 @@ class DPOTrainer(FusedTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     @torch.no_grad()
-    def _kl(self, mismatched: Iterable[Batch]) -> Tensor:
-        """KTO's z₀ over all batches of all processes, 0-dim; see `losses.kto_kl`."""
+    def _kl(self, mismatched: Iterable[Batch], *, alike: bool = True) -> Tensor:
+        """KTO's z₀ over all batches of all processes, 0-dim; see `losses.kto_kl`.
+
+        alike: every process has as many batches.
+        """
         total = torch.zeros(2, device=self.args.device)
         with evaluating(self.model), self.accelerator.autocast():
             for batch in mismatched:
-                for piece in self._pieces(self._prepare_inputs(batch)):
+                batch = self._prepare_inputs(batch)
+                pieces = self._pieces(batch) if alike else [(piece, True) for piece in self._own_pieces(batch)]
+                for piece, counts in pieces:
                     piece = self._reference.attach(piece, self.model)
                     logps = sequence_sums(batch_logps(self.model, piece, self.args, self.token_layout), piece)
-                    total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device)))
+                    total = total + torch.stack(kto_kl(logps, piece["ref_logps"].to(logps.device))) * counts
         total = self._sum_over_processes(total)
         return total[0] / total[1].clamp(min=1)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-        return super().training_step(model, _learned(inputs), num_items_in_batch)
+        return super().training_step(model, learned(inputs), num_items_in_batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        return super().prediction_step(model, _learned(inputs), prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, learned(inputs), prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's; kto's z₀ and the denominator of "sft" are those of the whole data set."""
@@ -293,8 +299,8 @@ class DPOTrainer(FusedTrainer):
             self._around.chosen_tokens = torch.tensor(float(list_lengths(examples, "chosen_ids").sum()))
             self._around.pairs = len(examples)
         if self.args.needs_kl:
-            with self._clock_stopped():
-                self._around.kl = self._kl(self._mismatched(examples))
+            with self._clock_stopped(), whole_weights(self.model):
+                self._around.kl = self._kl(self._mismatched(examples), alike=False)
         return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def _mismatched(self, examples: Dataset) -> Iterable[Batch]:
@@ -303,18 +309,3 @@ class DPOTrainer(FusedTrainer):
         share = range(state.process_index, len(examples), state.num_processes)
         for start in range(0, len(share), size):
             yield self.data_collator([examples[i] for i in share[start : start + size]])["kl"]
-
-
-def _learned(batch: Batch) -> Batch:
-    """A batch without the mismatched responses, which nothing is learned from."""
-    return {name: value for name, value in batch.items() if name != "kl"}
-
-
-class _AfterStep(TrainerCallback):
-    """What a DPOTrainer does between optimizer steps."""
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.after_step()

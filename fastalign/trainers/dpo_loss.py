@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastalign.linear import linear_dpo_loss, linear_kto_loss
 from fastalign.losses import mean_metric
@@ -129,3 +130,18 @@ class ResponseMeter(Meter):
         if good is not None and bad is not None:
             values["rewards/margins"] = good - bad
         return values, sums
+
+
+def learned(batch: Batch) -> Batch:
+    """A batch without the mismatched responses, which nothing is learned from."""
+    return {name: value for name, value in batch.items() if name != "kl"}
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function between two optimizer steps."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._act()

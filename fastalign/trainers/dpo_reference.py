@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
+from fastalign.models.sharding import whole_weights
 from fastalign.reference import ReferenceCache, ReferenceModel
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import by_device
@@ -111,7 +112,8 @@ class CachedReference(NoReference):
                     "gone: the policy has changed since. Give the data as eval_dataset to the constructor, or "
                     "ref_model by name"
                 )
-            self._score(reference, [examples])
+            with whole_weights(policy):  # processes have shares of their own; the digest is of the weights as they are
+                self._score(reference, [examples])
         return with_reference(examples, self.cache, self.layout)
 
     def summary_lines(self) -> list[str]:

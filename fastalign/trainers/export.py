@@ -8,16 +8,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
-def save_merged(model: PeftModel, folder: str | Path) -> None:
+def save_merged(model: nn.Module, folder: str | Path) -> None:
     """Save base and active adapter as one model that plain transformers loads.
 
     Base weights that the adapter touches are merged one layer at a time, copied to the host and put back bit for bit.
-    Raises ValueError for wrappers whose weights are not simply base plus update.
+    Raises ValueError for a model without an adapter, and for wrappers whose weights are not simply base plus update.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError("merge_adapter=True, but the model has no adapter")
     base = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     wrappers = {name: module for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastalign.models import fuse_head
 from fastalign.models.inference import evaluating
+from fastalign.models.sharding import whole
 from fastalign.reference import ReferenceModel
 from fastalign.reference.scoring import adapter_state
 from fastalign.trainers.batches import Batch
@@ -111,7 +112,7 @@ class LiveReference(NoReference):
     def follow(self, policy: nn.Module) -> None:
         """One mixing step."""
         for reference, own in self._pairs(policy).values():
-            reference.lerp_(own, self.args.ref_model_mixup_alpha)
+            reference.lerp_(whole(own), self.args.ref_model_mixup_alpha)
 
     def _pairs(self, policy: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """The parameters of reference and policy by name; ValueError unless they are alike."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastalign.models.sharding import whole_weights
 from fastalign.reference import ReferenceModel
 from fastalign.trainers.loading import autocast_dtype, load_tokenizer
 from fastalign.trainers.meters import Meter
@@ -158,10 +159,11 @@ class PPOTrainer(PassesTrainer):
         self._clock = self._clock or start
         self._coefficients = self.run.coefficients()
         self._optimizer_mode("train")
-        batch, experience = self.collector.collect(
-            inputs, self.train_dataset.columns, (self.args.seed, self.state.global_step), kl_coef=self.run.kl.coef,
-            moments=self.run.moments,
-        )  # fmt: skip
+        with whole_weights(self.actor_critic):
+            batch, experience = self.collector.collect(
+                inputs, self.train_dataset.columns, (self.args.seed, self.state.global_step), kl_coef=self.run.kl.coef,
+                moments=self.run.moments,
+            )  # fmt: skip
         count = len(batch["lengths"])
         episodes = count * self.accelerator.num_processes  # as many in each
         self._phase_tokens = int(np.sum(batch["lengths"]))
@@ -206,7 +208,7 @@ class PPOTrainer(PassesTrainer):
         return self.prompts.wrap(self.prompts.examples.prepare(dataset, name))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        with self._clock_stopped():
+        with self._evaluation(), self._clock_stopped(), whole_weights(self.actor_critic):
             return self._sample_and_score(args[0] if args else kwargs["dataloader"], metric_key_prefix)
 
     def _sample_and_score(self, dataloader: Any, prefix: str) -> EvalLoopOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -53,8 +52,9 @@ class PassesTrainer(ActorCriticTrainer):
             self._train_meter.update(outputs[-1].metrics)
             if index < len(members) - 1:
                 if self.args.max_grad_norm > 0:
-                    self._clip_grad_norm(model)
-                self.optimizer.step()
+                    self._norm = self._clip_grad_norm(model)
+                if self.admit(model):
+                    self.optimizer.step()
                 model.zero_grad()
         last_pass = outputs[-len(members) // self.args.num_ppo_epochs :]
         if self.run.follows_penalty and not warmup:
@@ -119,17 +119,19 @@ class PassesTrainer(ActorCriticTrainer):
         if self.token_layout == "shared":
             batch = grouped_by_prompt(batch, self.micro_batch_tokens)
         pieces = self._pieces(batch)
-        for index, piece in enumerate(pieces):
-            last = index == len(pieces) - 1  # gradients are reduced over processes once, with the last piece
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for index, (piece, taken) in enumerate(pieces):
+            with self._taking(taken, model, reduces=index == len(pieces) - 1):
                 with self.compute_loss_context_manager():
                     output = policy_value_loss(
                         model, piece, self.args, tokens=tokens, sequences=sequences,
                         penalty_coef=self.run.penalty.coef, policy_coef=policy_coef,
                         with_value=self.actor_critic.has_critic, layout=self._planned(piece, seen=0),
                     )  # fmt: skip
-                self.accelerator.backward(output.loss * processes)
+                self.accelerator.backward(output.loss * (processes * taken))
+            if not taken:
+                continue
             losses.append(output.loss.detach() * processes)
+            self.show(piece, losses[-1])
             metrics.append(output.metrics)
         if warmup:
             critic = set(map(id, self.actor_critic.critic_parameters()))

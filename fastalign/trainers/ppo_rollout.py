@@ -16,7 +16,7 @@ from fastalign.models.inference import inference
 from fastalign.models.layouts import plan_layout, run_layout
 from fastalign.reference import score
 from fastalign.rollouts import Completion, Sampler, sampler_gap, score_completions
-from fastalign.trainers.batches import Batch, grouped_by_prompt, split_batch
+from fastalign.trainers.batches import ROW_NUMBERS, Batch, grouped_by_prompt, split_batch
 from fastalign.trainers.config import by_device
 from fastalign.trainers.experience import Experience, make_experience
 from fastalign.trainers.ppo_config import DEFAULT_ROLLOUT_BATCH_TOKENS, PPOConfig
@@ -133,6 +133,7 @@ class Collector:
             moments.update(scores, reduce=self.reduce)
         batch = self.to_device(self.collate(_examples(samples)))
         batch["prompts"] = np.repeat(np.arange(len(prompts)), args.num_generations)
+        batch[ROW_NUMBERS] = np.array(samples.rows)
         logps = self._logps(prompts, completions)
         batch["old_logps"] = self._flat(logps)
         if self.reference is not None:

@@ -194,7 +194,7 @@ def compare_logps(
     """
     differences = [float(np.abs(a - b).mean()) for a, b in zip(fresh, cached, strict=True)]
     worst = int(np.argmax(differences))
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
+    tolerance = logps_tolerance(dtype)
     if not differences[worst] <= tolerance:  # nan too
         index, side = divmod(worst, len(layout.scored))
         row = f" (row {examples['row'][index]} of the data set)" if "row" in examples.column_names else ""
@@ -204,6 +204,11 @@ def compare_logps(
             f"{tolerance:g} in {dtype}. The cache was damaged or belongs to another model: name another cache_dir"
         )
     return differences[worst]
+
+
+def logps_tolerance(dtype: torch.dtype) -> float:
+    """Nats a token by which two computations of the same log-probs in a dtype may differ, in the mean."""
+    return _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
 
 
 def sample_indices(n: int) -> list[int]:

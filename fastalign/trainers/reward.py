@@ -24,6 +24,7 @@ from fastalign.models import (
     set_reward_normalization,
 )
 from fastalign.models.scalar import base_scalar_model
+from fastalign.models.sharding import whole_weights
 from fastalign.trainers.base import FusedTrainer
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.loading import (
@@ -179,7 +180,9 @@ class RewardTrainer(FusedTrainer):
             raise ValueError("normalize_rewards='none': set it to 'mean' or 'mean_std'")
         state, model = self.accelerator, self.accelerator.unwrap_model(self.model)
         share = self._reference_sequences()[state.process_index :: state.num_processes]
-        scores = score_sequences(model, share, autocast=autocast_dtype(self.args), normalise=False).astype(np.float64)
+        with whole_weights(model):
+            found = score_sequences(model, share, autocast=autocast_dtype(self.args), normalise=False)
+        scores = found.astype(np.float64)
         sums = torch.tensor([len(scores), scores.sum(), np.square(scores).sum()], dtype=torch.float64)
         count, total, square = self._sum_over_processes(sums.to(self.args.device)).tolist()
         mean = total / count

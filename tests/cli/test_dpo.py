@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,29 @@ def test_an_interrupt_says_where_to_go_on(run_yaml, settings, capsys, monkeypatc
     )
 
 
+@pytest.mark.usefixtures("python_signals")
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_lets_the_step_finish_and_be_saved(run_yaml, settings, capsys, monkeypatch, number, status, word):
+    from fastalign.trainers import DPOTrainer
+
+    original = DPOTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", step)
+    assert main(["dpo", "--config", str(run_yaml), "--save_steps", "100"]) == status
+    out = Path(settings["output_dir"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"fastalign dpo: {word}; at step 1; {out / 'checkpoint-1'} is the last checkpoint:"
+        " go on with --resume_from_checkpoint"
+    )
+    assert not (out / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir"])
 def test_what_is_missing_is_named(name, settings, tmp_path, capsys):
     argv = [word for key, value in settings.items() if key != name for word in (f"--{key}", str(value).lower())]
@@ -114,7 +139,7 @@ def test_what_is_missing_is_named(name, settings, tmp_path, capsys):
         (["--loss_type", "dpo"], "--loss_type: 'dpo' cannot be taken; accepted: one of sigmoid, robust, hinge"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--dataset_name", "absent.jsonl"], "absent.jsonl"),
-        (["--fsdp", "full_shard"], "fsdp is not supported yet"),
+        (["--fsdp", "full_shard"], "fsdp shards over several processes"),
     ],
 )
 def test_user_errors_are_2_and_one_line(flags, message, run_yaml, capsys):

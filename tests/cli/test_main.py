@@ -9,6 +9,7 @@ import types
 import pytest
 
 from fastalign import cli
+from fastalign.cli.flags import Stopped
 
 
 @pytest.fixture
@@ -52,6 +53,8 @@ class OutOfMemoryError(RuntimeError):
             "fastalign dpo: failed: out of memory: tried to allocate 2 GiB",
         ),
         (KeyboardInterrupt(), 130, "fastalign dpo: interrupted"),
+        (Stopped("at step 3"), 143, "fastalign dpo: stopped by SIGTERM; at step 3"),
+        (OSError(28, "No space left", "out"), 1, "fastalign dpo: failed: [Errno 28] No space left: 'out'"),
     ],
 )
 def test_expected_errors_are_one_line(command, capsys, error, status, line):

@@ -2,12 +2,14 @@
 we meant?
 
 No GPU is needed. Compiling runs in a process of its own (`resources.py`), since this one may be interpreting kernels.
-After a change of a kernel or its tiles: python tests/kernels/resources.py --update tests/kernels/resources.csv
+After a change of a kernel or its tiles: python tests/kernels/resources.py --update tests/kernels/resources.csv, with
+the installed Triton and with the oldest that is supported (resources.py says how).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastalign.kernels import _tiles
-
 FOLDER = Path(__file__).parent
 COLUMNS = ("kernel", "variant", "target")
-# The fused forward with all five optional outputs at once keeps so many row vectors beside its accumulator that a few
-# registers spill around the epilogue. Nothing else may spill.
-ALLOWED_STACK = {("fused_forward", "rows+bias+all"): 128}
 
 
 @pytest.fixture(scope="module")
@@ -55,49 +52,20 @@ def report(failures: list[str]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_covers_every_kernel_and_architecture(lines):
-    kernels = {"row_stats", "row_grad", "row_exp", "fused_forward", "merge_splits", "gae"}
-    assert {line["kernel"] for line in lines} == kernels
-    for kernel in {line["kernel"] for line in lines}:
-        targets = {line["target"] for line in lines if line["kernel"] == kernel}
-        assert targets >= {"sm_80", "sm_90", "sm_100", "gfx942"}, kernel
-
-
-def test_shared_memory_fits(lines):
-    report([
-        f"{key(line)}: {line['shared']} bytes of {_tiles.SHARED_MEMORY_LIMIT[line['target']]}"
-        for line in lines
-        if line["shared"] > _tiles.SHARED_MEMORY_LIMIT[line["target"]]
-    ])  # fmt: skip
-
-
-def test_registers_do_not_spill(lines):
-    def allowed(line: dict) -> int:
-        return ALLOWED_STACK.get((line["kernel"], line["variant"].partition(" ")[2]), 0)
-
-    report([f"{key(line)}: {line['stack']} bytes" for line in lines if line["stack"] > allowed(line)])
-
-
-def test_products_run_on_matrix_units(lines):
-    """16-bit products use the architecture's own instruction: wgmma on Hopper, tcgen05 on Blackwell."""
-    instructions = {
-        "sm_80": "mma.sync",
-        "sm_89": "mma.sync",
-        "sm_90": "wgmma.mma_async",
-        "sm_100": "tcgen05.mma",
-        "gfx942": "v_mfma",
-    }
-    report([
-        f"{key(line)}: {line['matrix_instruction'] or 'no matrix instruction'}"
-        for line in lines
-        if line["kernel"] == "fused_forward"
-        and not line["variant"].startswith("fp32")
-        and line["matrix_instruction"] != instructions[line["target"]]
-    ])  # fmt: skip
+def test_covers_every_kernel(lines):
+    """Each jitted kernel of the package is compiled; its device functions are, within those that call them."""
+    written = set()
+    for path in (FOLDER.parents[1] / "kernels").glob("*.py"):
+        written |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef _(\w+)_kernel\(", path.read_text()))
+    assert written
+    assert {line["kernel"] for line in lines} == written
 
 
 def test_code_is_what_was_meant(lines):
-    """No float64 anywhere; a barrier between loads and stores where a 16-bit gradient goes over its float32 tile."""
+    """No spills beyond what a case allows, shared memory that fits, 16-bit products on the architecture's own matrix
+    instruction, bulk copies where there are tensor descriptors, no float64, a barrier between loads and stores where a
+    16-bit gradient goes over its float32 tile.
+    """
     report([f"{key(line)}: {', '.join(line['problems'])}" for line in lines if line["problems"]])
 
 

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastalign.kernels import fused_forward, row_kernels
+from fastalign.kernels import fused_forward, row_kernels, row_loss_grad
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+KERNELS = (row_kernels, row_loss_grad, fused_forward)
 NO_DEVICE = -1  # its own entry in every kernel's cache of compiled code
 
 
@@ -39,14 +40,15 @@ def launches(request, monkeypatch):
     def compile_only(kernel, grid):
         def launch(*args, **kwargs):
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
-            recorded.append(SimpleNamespace(name=kernel.fn.__name__, grid=grid, compiled=compiled))
+            name, names = kernel.fn.__name__, kernel.arg_names
+            recorded.append(SimpleNamespace(name=name, names=names, grid=grid, compiled=compiled))
 
         return launch
 
     monkeypatch.setattr(driver, "_active", fake)
     monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
     yield SimpleNamespace(arch=request.param, recorded=recorded)
-    for value in (*vars(row_kernels).values(), *vars(fused_forward).values()):
+    for value in (value for module in KERNELS for value in vars(module).values()):
         if isinstance(value, JITFunction):
             value.device_caches.pop(NO_DEVICE, None)
 
@@ -55,10 +57,10 @@ def vectors(n, count):
     return torch.zeros(count, n).unbind()
 
 
-def scalars(launch):
+def scalars(launch, *names):
     """Types of the scalar arguments, as the launch was specialised."""
     signature = launch.compiled.src.signature
-    return {name: signature[name] for name in ("in_scale", "out_scale")}
+    return {name: signature[name] for name in names or ("in_scale", "out_scale")}
 
 
 def test_row_stats(launches):
@@ -82,8 +84,26 @@ def test_row_grad_over_its_tile(entropy, dtype, launches):
     (launch,) = launches.recorded
     assert scalars(launch) == {"in_scale": "fp32", "out_scale": "fp32"}
     code = launch.compiled.asm["ptx" if launches.arch == "sm_90" else "amdgcn"]
-    assert ("bar.sync" in code or "s_barrier" in code) == (dtype != torch.float32)
+    source = launch.compiled.src
+    assert source.constants[(source.fn.arg_names.index("NARROW_ALIAS"),)] == (dtype != torch.float32)
     assert "v4.b32" in code or "dwordx4" in code, "16-byte accesses"
+
+
+@pytest.mark.parametrize(("n", "v"), [(1, 1), (3, 100), (2, 50257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_one_pass(dtype, n, v, launches):
+    """A single row or column is a compile-time 1; an odd width has 16-byte accesses where its pitch allows them."""
+    tile = torch.zeros(n, -(-v // 16) * 16)[:, :v]
+    out, targets = tile.view(dtype)[:, :v], torch.zeros(n, dtype=torch.int64)
+    flags = {"entropy": True, "top1": True, "in_scale": 0.5}
+    a, e = torch.ones(2, n).unbind()
+    row_loss_grad.row_loss_grad(tile, None, targets, torch.zeros(6, n), torch.zeros_like(targets), a, e, out, **flags)
+    row_kernels.row_stats_fwd(tile, None, targets, 0, torch.zeros(6, n), targets)
+    both, stats = launches.recorded
+    assert both.grid == stats.grid == (n,)
+    for launch in launches.recorded:
+        code = launch.compiled.asm["ptx" if launches.arch == "sm_90" else "amdgcn"]
+        assert v < 1000 or "v4.b32" in code or "dwordx4" in code
 
 
 def test_exponentials(launches):
@@ -102,15 +122,29 @@ def test_fused_forward(dtype, hidden_size, launches):
     hidden, weight = torch.zeros(300, hidden_size, dtype=dtype), torch.zeros(5000, hidden_size, dtype=dtype)
     targets, rows = torch.zeros(200, dtype=torch.int64), torch.arange(200)
     fused_forward.fused_logps_fwd(
-        hidden, weight, weight[:, 0], targets, rows, 0.5, 1.0, False, True, True, arch=launches.arch
+        hidden, weight, weight[:, 0], targets, rows, 0.5, 1.0, False, True, True, arch=launches.arch, programs=7
     )
     main, merge = launches.recorded
-    assert (main.name, merge.name) == ("_fused_forward_kernel", "_merge_splits_kernel")
-    row_blocks = 4 if dtype == torch.float32 else 2
-    assert main.grid == (row_blocks * 3,)
-    assert merge.grid == (2,)
-    assert scalars(main) == {"in_scale": "fp32", "out_scale": "fp32"}
+    persistent = launches.arch == "sm_90" and dtype == torch.bfloat16
+    assert main.name == ("_fused_persistent_kernel" if persistent else "_fused_forward_kernel")
+    assert merge.name == "_merge_splits_kernel"
+    tiles = fused_forward.fused_tiles(launches.arch, dtype, aligned=hidden_size == 128)
+    work = -(-200 // tiles.block_n) * -(-5000 // tiles.split_v)
+    assert main.grid == (min(work, 7) if persistent else work,)
+    assert merge.grid == (7,)
+    assert scalars(main, "in_scale", "unit") == {"in_scale": "fp32", "unit": "fp32"}
+    assembly = main.compiled.asm.get("ptx") or main.compiled.asm["amdgcn"]
     if dtype != torch.float32:
-        assert "wgmma.mma_async" in main.compiled.asm.get("ptx", "") or "v_mfma" in main.compiled.asm.get("amdgcn", "")
-    if launches.arch == "sm_90" and hidden_size == 128 and dtype == torch.bfloat16:
-        assert "cp.async" in main.compiled.asm["ptx"], "aligned rows are copied to shared memory asynchronously"
+        assert "wgmma.mma_async" in assembly or "v_mfma" in assembly
+    if persistent:
+        assert "cp.async.bulk.tensor" in assembly, "tiles come by bulk copies"
+
+
+def test_rows_that_are_aligned_for_copies_but_not_for_descriptors(launches):
+    """On sm_90 pointer loads of aligned rows are never launched; what they need is checked where they are."""
+    hidden, weight = torch.zeros(300, 136, dtype=torch.bfloat16), torch.zeros(5000, 136, dtype=torch.bfloat16)
+    fused_forward.fused_logps_fwd(hidden, weight, None, torch.zeros(300, dtype=torch.int64), None, arch=launches.arch)
+    main = launches.recorded[0]
+    assert main.name == ("_fused_persistent_kernel" if launches.arch == "sm_90" else "_fused_forward_kernel")
+    if launches.arch != "sm_90":
+        assert main.compiled.src.constants[(main.names.index("BLOCK_H"),)] == 16, "tiles for unaligned rows"

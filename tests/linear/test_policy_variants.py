@@ -156,13 +156,13 @@ def test_clipped_sequences_stay_out_of_the_gradient_gemms(schedule, monkeypatch)
     old = torch.where(far, logps - 0.3 * advantages, logps + 0.01 * given["advantages"])
     given = {"old_logps": torch.where(scored, old, torch.nan), "advantages": advantages}
     rows: list[int] = []
-    add = Tiles._add_weight
+    add = Tiles.add_weight
 
     def counting(self, sinks, v0, v1, grad, *others):
         rows.extend([grad.shape[0]] if v0 == 0 else [])
         add(self, sinks, v0, v1, grad, *others)
 
-    monkeypatch.setattr(Tiles, "_add_weight", counting)
+    monkeypatch.setattr(Tiles, "add_weight", counting)
     options = {"loss_type": "gspo", **WIDE}
     ours = linear_ppo_loss(hidden, weight, targets, **given, bias=bias, schedule=schedule, **options)
     (grad,) = torch.autograd.grad(ours.loss, hidden)

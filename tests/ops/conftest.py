@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops import backends
+from fastalign.ops import backends, devices
+from fastalign.ops import rows as R
+from fastalign.ops.whole_tiles import REACH
 from fastalign.types import LinearLogps
 
 FLOORS = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
@@ -94,3 +96,51 @@ def within_rule() -> Callable[..., None]:
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+# ---- an accelerator's path on CPU tensors
+
+
+def _fused_forward(hidden, weight, bias, targets, rows, spec):
+    return _fused_exponentials(hidden, weight, bias, targets, rows, spec, None)[0]
+
+
+def _fused_exponentials(hidden, weight, bias, targets, rows, spec, out):
+    """What a GPU's kernels may do: a reference that is not the maximum, but not so far below that exp overflows."""
+    h, y = (hidden, targets) if rows is None else (hidden[rows], targets[rows])
+    u = h.float() @ weight.float().T
+    state = R.RowState.start(len(y), spec, u.device)
+    b = None if bias is None else bias.float()
+    R.row_stats(u, b, y, 0, state, spec)
+    z = R.tile_logits(u, b, spec)
+    maximum = state.values[R.MAX]
+    reference = torch.where(maximum - z[:, 0] > REACH, maximum, z[:, 0])
+    if out is not None:
+        out.copy_((z - reference[:, None]).exp())
+    return state, reference
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """CPU tensors take the way of an accelerator: token-major tiles, 16-bit operands, the GPU planner. Called with
+    fused=True, the torch backend has the fused kernels as well."""
+    monkeypatch.setattr(devices, "gemm_style", lambda device: "cuda")
+    monkeypatch.setattr(R, "live_rows", lambda coef: None)
+    library = torch.library.Library("aten", "IMPL")
+
+    def mm(a, b, out_dtype, *, out):
+        return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def addmm(self, a, b, out_dtype, *, beta=1, alpha=1, out):
+        return torch.addmm(self, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out)
+
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+
+    def use(*, fused: bool) -> None:
+        plain = backends._load("torch")
+        kernels = {"fused_forward": _fused_forward, "fused_exponentials": _fused_exponentials} if fused else {}
+        monkeypatch.setattr(backends, "_load", lambda name: replace(plain, **kernels))
+
+    yield use
+    library._destroy()

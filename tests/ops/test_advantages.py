@@ -66,11 +66,22 @@ def test_any_shape(backend):
 
 
 def test_longer_than_a_block(backend):
-    rewards, values, mask = problem(3, 2500, valid=0.9)
-    mask[1, 900:1700] = False  # a gap over a block's boundary
+    rewards, values, mask = problem(3, 4500, valid=0.9)
+    mask[1, 1900:3200] = False  # a gap over a block's boundary
     ours = gae(rewards, values, mask, gamma=0.99, lam=0.95, backend=backend)
     for mine, true in zip(ours, loop(rewards, values, mask, 0.99, 0.95), strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck(backend):
+    torch.library.opcheck(torch.ops.fastalign.gae, (*problem(3, 5), 0.9, 0.8, backend))
+
+
+def test_compiles_without_a_graph_break():
+    rewards, values, mask = problem(3, 7)
+    compiled = torch.compile(lambda *tensors: gae(*tensors, lam=0.9), fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(compiled(rewards, values, mask), gae(rewards, values, mask, lam=0.9), strict=True):
+        assert torch.equal(ours, plain)
 
 
 def test_what_lies_under_the_mask_never_enters(backend):

@@ -212,8 +212,8 @@ def test_opcheck(make_problem, needs, rows):
     given_rows = (problem.targets != -100).nonzero()[:, 0] if rows else None
     schedule = "frozen" if needs == (True, False, False) else "deferred"
     args = (
-        problem.hidden, problem.weight, problem.bias, problem.targets, given_rows, 1.0, 1.0, False, -100,
-        [True, True, True, True], list(needs), "torch", schedule, 0, 2**20, None,
+        problem.hidden, problem.weight, problem.bias, problem.targets, given_rows, False, 1.0, 1.0, False, -100,
+        [True, True, True, True, True], list(needs), "torch", schedule, 0, 2**20, "auto", None, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastalign.linear_logps, args)
 

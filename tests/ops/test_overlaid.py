@@ -14,8 +14,9 @@ from fastalign.ops.tiles import Tiles
 def test_opcheck_overlaid(make_problem, dtype):
     problem = make_problem(n=24, H=32, dtype=dtype)
     args = (
-        problem.hidden, problem.weight, problem.bias, problem.targets, None, 1.0, 1.0, False, -100,
-        [True, False, False, False], [True, True, True], "torch", "overlaid", 0, 2**20, torch.float32,
+        problem.hidden, problem.weight, problem.bias, problem.targets, None, False, 1.0, 1.0, False, -100,
+        [True, False, False, False, True], [True, True, True], "torch", "overlaid", 0, 2**20, "auto", torch.float32,
+        None,
     )  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiled calls do not overlay
     torch.library.opcheck(torch.ops.fastalign.linear_logps, args, test_utils=checks)

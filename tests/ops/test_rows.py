@@ -9,6 +9,7 @@ import torch
 
 from fastalign.ops import backends
 from fastalign.ops import rows as R
+from fastalign.ops.known_grads import KnownGrads
 
 IMPLEMENTATIONS = ["torch"]
 if backends.available()["cpu"] is None:
@@ -209,3 +210,30 @@ def test_true_class_gradient_survives_high_confidence():
     coef = R.coefficients(R.finish(state, spec), torch.ones(1), None, None)
     assert exact[0, 0].exp() > 0.9998
     torch.testing.assert_close(coef.target.double(), -torch.expm1(exact[:, 0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_known_gradients_give_statistics_and_gradient_at_once(backend, entropy):
+    u, bias, targets = problem(9, 130, 3.0)
+    spec = R.RowSpec(in_scale=1.3, entropy=entropy, top1=True)
+    known = KnownGrads(torch.linspace(-1, 1, 9), torch.linspace(0.5, 0, 9) if entropy else None)
+    tile = tile_of(u)
+    state = R.RowState.start(9, spec, u.device)
+    backend.row_loss_grad(tile, bias, targets, state, known, spec, tile)
+    wide = KnownGrads(*(None if x is None else x.double() for x in known))
+    exact = R.RowState.start(9, spec, u.device, torch.float64)
+    grad = torch.empty(9, 130, dtype=torch.float64)
+    R.row_stats(u.double(), bias.double(), targets, 0, exact, spec)
+    stats = R.finish(exact, spec)
+    coef = R.coefficients(stats, wide.logps, None, wide.entropy)
+    R.row_grad(u.double(), bias.double(), targets, 0, stats, coef, spec, grad)
+    torch.testing.assert_close(R.finish(state, spec).logps.double(), stats.logps, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(tile.double(), grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(state.argmax, exact.argmax)
+
+
+def test_known_gradients_scale_by_powers_of_two():
+    scaled, down = KnownGrads(torch.tensor([-3e-6, 0.0]), torch.tensor([1e-5, 0.0])).rescale()
+    assert 0.5 <= scaled.entropy.abs().max() < 1
+    assert torch.equal(scaled.logps * down, torch.tensor([-3e-6, 0.0]))
+    assert KnownGrads(torch.zeros(2)).rescale()[1] == 1

@@ -33,15 +33,15 @@ def poisoned_memory():
 def gemm_rows():
     """The row counts of the gradient tiles that enter a GEMM for the weight's gradient."""
     counts: list[int] = []
-    add = Tiles._add_weight
+    add = Tiles.add_weight
 
-    def counting(self, sinks, v0, v1, grad, h, scale):
+    def counting(self, sinks, v0, v1, grad, h, scale, *alive):
         assert grad.shape[0] == h.shape[0]
         if v0 == 0:
             counts.append(grad.shape[0])
-        add(self, sinks, v0, v1, grad, h, scale)
+        add(self, sinks, v0, v1, grad, h, scale, *alive)
 
-    with mock.patch.object(Tiles, "_add_weight", counting):
+    with mock.patch.object(Tiles, "add_weight", counting):
         yield counts
 
 

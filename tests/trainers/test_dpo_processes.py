@@ -1,9 +1,6 @@
 """Losses that look beyond their batch, in two processes with gloo: what one gives."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,19 +44,10 @@ def train(kit, **settings):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(launch, tmp_path_factory):
     """All runs in two processes: by rank, in the order of RUNS."""
     folder = tmp_path_factory.mktemp("two")
-    worker = [sys.executable, str(Path(__file__).with_name("dpo_worker.py")), str(folder)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    launch(Path(__file__).with_name("dpo_worker.py"), folder)
     return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(2)]
 
 

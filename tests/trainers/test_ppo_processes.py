@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,25 +57,12 @@ def train(kit, *, lora=False, fixed=True, train_rows=16, **settings):
     }  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(launch, tmp_path_factory):
     """All runs in two processes: by rank, in the order of RUNS, then the one that samples."""
     folder = tmp_path_factory.mktemp("two")
     runs = [ALIKE | settings for settings in (*RUNS.values(), SAMPLED)]
-    worker = [sys.executable, str(Path(__file__).with_name("ppo_worker.py")), str(folder), json.dumps(runs)]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    env |= {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    launch(Path(__file__).with_name("ppo_worker.py"), folder, json.dumps(runs))
     return [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in range(2)]
 
 

@@ -177,5 +177,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(kit):
     make(kit, max_steps=1).train()
     folder = kit.folder / "out" / "checkpoint-1"
     (folder / "fastalign_state.json").unlink()
+    with pytest.raises(ValueError, match=r"not a whole checkpoint: fastalign_state\.json is missing"):
+        make(kit).train(resume_from_checkpoint=str(folder))
+    (folder / "fastalign_manifest.json").unlink()  # as of another program
     with pytest.raises(ValueError, match=r"has no fastalign_state\.json"):
         make(kit).train(resume_from_checkpoint=str(folder))

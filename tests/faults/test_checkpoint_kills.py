@@ -1,0 +1,115 @@
+"""kill -9 and SIGTERM while a run trains and saves: it goes on from the last whole checkpoint to the same weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import runpy
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastalign.trainers.checkpoint_files import UNFINISHED, check, checkpoints
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+class Run:
+    """Processes that train in one folder, one after the other."""
+
+    def __init__(self, forks, folder: Path, max_steps: int) -> None:
+        self.forks, self.folder, self.max_steps = forks, folder, max_steps
+        folder.mkdir()
+        self.out, self.result, self.errors = folder / "out", folder / "result.safetensors", folder / "errors"
+
+    def start(self):
+        names = {
+            "output_dir": str(self.out), "result_path": str(self.result), "errors_path": str(self.errors),
+            "max_steps": self.max_steps, "resume": True,
+        }  # fmt: skip
+        process = self.forks.Process(target=runpy.run_path, args=(str(WORKER),), kwargs={"init_globals": names})
+        process.start()
+        return process
+
+    def wait(self, process) -> int:
+        process.join(300)
+        assert process.exitcode is not None, "it hangs"
+        return process.exitcode
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        assert self.wait(self.start()) == 0, self.errors.read_text()[-3000:]
+        return load_file(self.result)
+
+    def step(self) -> int:
+        """Of the last checkpoint, 0 without any."""
+        return max((int(folder.name.split("-")[1]) for folder in checkpoints(self.out)), default=0)
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def killed_again_and_again(forks, root: Path, tally, *, kills: int, seed: int) -> dict[str, int]:
+    """Returns how many died at work, and how many of them in the middle of a checkpoint."""
+    rng, run = random.Random(seed), Run(forks, root / f"killed-{seed}", max_steps=2 * kills + 4)
+    found = {"died": 0, "saving": 0}
+    for _ in range(kills):
+        before, process = run.step(), run.start()
+        wait_for(lambda before=before: run.step() > before, process)
+        if rng.random() < 0.7:  # in the middle of the next checkpoint, else anywhere
+            wait_for(lambda: (run.out / UNFINISHED).exists(), process)
+        time.sleep(rng.uniform(0, 0.04))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        died = run.wait(process) == -signal.SIGKILL
+        assert died or process.exitcode == 0, run.errors.read_text()[-3000:]
+        found["died"] += died
+        found["saving"] += died and (run.out / UNFINISHED).exists()
+        for folder in checkpoints(run.out):
+            check(folder)  # whatever is called a checkpoint is one
+        lost = run.step() < before
+        tally["numbers lost"] += lost
+        assert not lost
+    killed = run.finish()
+    whole = Run(forks, root / f"whole-{seed}", run.max_steps).finish()
+    different = [name for name in whole if not torch.equal(whole[name], killed[name])]
+    tally["numbers lost"] += len(different)
+    assert different == []
+    tally["kills survived"] += found["died"]
+    assert len(checkpoints(run.out)) == 2  # save_total_limit
+    return found
+
+
+def test_killed_while_it_saves(forks, tmp_path, tally):
+    found = killed_again_and_again(forks, tmp_path, tally, kills=5, seed=0)
+    assert found["died"] >= 3
+    assert found["saving"] >= 1
+
+
+@pytest.mark.long
+def test_killed_a_hundred_times_while_it_saves(forks, tmp_path, tally):
+    found = killed_again_and_again(forks, tmp_path, tally, kills=100, seed=1)
+    assert found["died"] >= 80
+    assert found["saving"] >= 30
+
+
+def test_sigterm_saves_and_exits_with_143(forks, tmp_path, tally):
+    run = Run(forks, tmp_path / "terminated", max_steps=400)
+    process = run.start()
+    wait_for(lambda: run.step() >= 2, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert run.wait(process) == 143, run.errors.read_text()[-3000:]
+    tally["kills survived"] += 1
+    assert "SIGTERM: stopping after this step and its checkpoint" in run.errors.read_text()
+    assert not run.result.exists()
+    assert 2 <= run.step() < 400
+    assert not (run.out / UNFINISHED).exists()
+    for folder in checkpoints(run.out):
+        check(folder)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,10 +86,13 @@ def forks() -> ForkServerContext:
 
 @pytest.fixture(scope="session")
 def launch(forks):
-    """launch(script, *arguments, processes=2): a script in so many processes at once, as torchrun starts them."""
+    """launch(script, *arguments, processes=2): a script in so many processes at once, as torchrun starts them.
 
-    def launch(script: Path, *arguments: object, processes: int = 2) -> None:
-        Processes(forks, script, *arguments, processes=processes).wait()
+    Returns what each wrote to stdout. folder: that they work in; environment: variables beside this process's.
+    """
+
+    def launch(script: Path, *arguments: object, **given: Any) -> list[str]:
+        return Processes(forks, script, *arguments, **given).wait()
 
     return launch
 
@@ -102,20 +106,25 @@ def start(forks):
 class Processes:
     """A script in several processes, one core each. `wait`: whatever fails or hangs ends all of them."""
 
-    def __init__(self, forks: ForkServerContext, script: Path, *arguments: object, processes: int = 2) -> None:
+    def __init__(
+        self, forks: ForkServerContext, script: Path, *arguments: object, processes: int = 2,
+        folder: Path | None = None, environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        env = dict(os.environ) | {
+        env = dict(os.environ) | (environment or {}) | {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         self._folder = tempfile.TemporaryDirectory()
-        self._errors = [Path(self._folder.name, str(rank)) for rank in range(processes)]
+        self._outputs = [Path(self._folder.name, f"{rank}.out") for rank in range(processes)]
+        self._errors = [path.with_suffix(".err") for path in self._outputs]
         self._workers = []
-        for rank, errors in enumerate(self._errors):
+        for rank, (output, errors) in enumerate(zip(self._outputs, self._errors, strict=True)):
             given = {
-                "argv": [str(script), *map(str, arguments)], "errors_path": str(errors),
+                "argv": [str(script), *map(str, arguments)], "output_path": str(output), "errors_path": str(errors),
+                "folder": str(folder or Path.cwd()),
                 "environment": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             }  # fmt: skip
             target = str(REPOSITORY / "tests/forked.py")
@@ -123,8 +132,8 @@ class Processes:
             worker.start()
             self._workers.append(worker)
 
-    def wait(self, timeout: float = 300) -> None:
-        """Raises AssertionError with what the first process to fail wrote last."""
+    def wait(self, timeout: float = 300) -> list[str]:
+        """What each wrote to stdout. Raises AssertionError with what the first process to fail wrote last."""
         deadline = time.monotonic() + timeout
         try:
             while any(worker.is_alive() for worker in self._workers) and time.monotonic() < deadline:
@@ -137,6 +146,7 @@ class Processes:
                 first = codes.index(None) if failed is None else failed
                 words = self._errors[first].read_text(errors="replace")[-4000:]
                 raise AssertionError(f"process {first} failed or hung ({codes}): {words}")
+            return [path.read_text() for path in self._outputs]
         finally:
             for worker in self._workers:
                 worker.kill()

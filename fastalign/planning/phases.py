@@ -88,7 +88,7 @@ def record_phase(
     """
     config, settings = models.policy
     policy = meta_model(config, settings)
-    with recording(head.device_type) as recorder:
+    with recording() as recorder:
         place(policy, settings, recorder)
         critic = None if models.critic is None else _placed(models.critic, recorder, "critic", trains=True)
         reference = None if models.reference is None else _placed(models.reference, recorder, "reference")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastalign.planning.heap import mean_peak
 from fastalign.planning.phases import SAMPLING, SCORING, UPDATE
-from fastalign.planning.recorder import COPIES, KERNEL_BYTES, KERNELS, LIBRARIES, WEIGHTS, peak_by_name
+from fastalign.planning.recorder import COPIES, WEIGHTS, peak_by_name
 from fastalign.planning.step import StepRecord
 
 PARTS = {
@@ -25,11 +25,13 @@ PARTS = {
     "rewards": "reward models",
     "cache": "keys and values of completions while they are sampled",
     "processes": "buckets in which gradients are exchanged between processes",
-    LIBRARIES: "kernels that oneDNN compiles for products in 16 bits",
+    "libraries": "kernels that oneDNN compiles for products in 16 bits",
     "allocator": "memory that malloc holds and cannot reuse",
     "objects": "of the interpreter and of autograd",
 }
 _OF_PHASE = dict.fromkeys(("", "forward", "backward", SAMPLING, SCORING, UPDATE), "activations")
+# oneDNN compiles for a product in 16 bits, and keeps, each mapped apart from malloc's heap; counted on AVX-512.
+_KERNELS, _KERNEL_BYTES = 3, 250 * 1024
 # Of a process on the CPU, measured: kernels of the probes that prove a model's head and layouts, in 16 bits; objects of
 # a trainer, its data and a graph, and pages of code.
 _PROBE_BYTES, _OBJECT_BYTES = 17 * 2**20, 8 * 2**20
@@ -93,8 +95,8 @@ def parts_of(record: StepRecord, device_type: str, *, with_scoring: bool = False
         parts["allocator"] = max(mean_peak(record.events(_STEPS)) - peak, 0)
         parts["objects"] = _OBJECT_BYTES
         if record.narrow:
-            before = record.narrow["forward"] * KERNELS * KERNEL_BYTES if with_scoring else 0
-            parts[LIBRARIES] += _PROBE_BYTES + before
+            products = record.narrow.total() + (record.narrow["forward"] if with_scoring else 0)
+            parts["libraries"] = _PROBE_BYTES + products * _KERNELS * _KERNEL_BYTES
     return {name: size for name, size in parts.items() if size}
 
 

@@ -37,7 +37,6 @@ class Event(NamedTuple):
 END_OF_PASS, FORWARD, BACKWARD = (Event(number, 0) for number in (-1, -2, -3))
 
 WEIGHTS, COPIES = "weights", "copies"  # the second: weights in another precision, as autocast makes them
-LIBRARIES = "libraries"
 MODELS = (WEIGHTS, "critic", "reference", "rewards")  # the names under which weights are
 
 
@@ -63,7 +62,6 @@ _FLOPS: dict[Any, Callable[..., int]] = dict(flop_registry) | {
 
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 _NARROW = (torch.bfloat16, torch.float16)
-KERNELS, KERNEL_BYTES = 3, 250 * 1024  # that oneDNN compiles for a product in 16 bits, and keeps; counted on AVX-512
 
 
 class Recorder(TorchDispatchMode):
@@ -76,13 +74,10 @@ class Recorder(TorchDispatchMode):
     flops       floating-point operations of matrix products and attention by phase, 2 a multiply-add, as
                 torch.utils.flop_counter counts them; causal attention counts in full
     narrow      matrix products of 16-bit tensors, each combination of shapes once, with the phase that it was first in
-
-    kernels: compiled for each of these and kept, under the name LIBRARIES: on the CPU, not on a GPU.
     """
 
-    def __init__(self, kernels: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._kernels = kernels
         self.events: list[Event] = []
         self.names: list[str] = []
         self.flops: Counter[str] = Counter()
@@ -127,10 +122,7 @@ class Recorder(TorchDispatchMode):
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if func._overloadpacket in _PRODUCTS and any(tensor.dtype in _NARROW for tensor in tensors):
             product = (func, *((tuple(tensor.shape), tensor.stride()) for tensor in tensors))
-            if product not in self.narrow:
-                self.narrow[product] = self._phase
-                for _ in range(self._kernels):
-                    self._allocate(KERNEL_BYTES, LIBRARIES)
+            self.narrow.setdefault(product, self._phase)
 
     def _name(self, tensor: Tensor) -> str | None:
         found = self._live.get(tensor.untyped_storage()._cdata)
@@ -140,17 +132,13 @@ class Recorder(TorchDispatchMode):
         address, size = storage._cdata, storage.nbytes()
         if address in self._live or not size:
             return
-        self._live[address] = self._allocate(size, name), size
-        weakref.finalize(storage, self._remove, address)
-
-    def _allocate(self, size: int, name: str) -> int:
-        """The number of a new storage."""
         number = len(self.names)
+        self._live[address] = number, size
         self.names.append(name)
         self.events.append(Event(number, size))
         self.now += size
         self.peak = max(self.peak, self.now)
-        return number
+        weakref.finalize(storage, self._remove, address)
 
     def _remove(self, address: int) -> None:
         number, size = self._live.pop(address)

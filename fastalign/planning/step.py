@@ -20,7 +20,7 @@ from fastalign.models.scalar import scalar_head
 from fastalign.ops.schedule import Plan
 from fastalign.planning.head import HeadSettings, PlannedHead
 from fastalign.planning.models import ModelSettings, materialise, meta_model, nothing_packed, prepare
-from fastalign.planning.recorder import BACKWARD, END_OF_PASS, FORWARD, KERNELS, WEIGHTS, Event, Recorder
+from fastalign.planning.recorder import BACKWARD, END_OF_PASS, FORWARD, WEIGHTS, Event, Recorder
 
 Batch = Mapping[str, Any]
 
@@ -80,21 +80,20 @@ def record_step(
     Raises ValueError: see `meta_model`; an optimizer that does not run without memory.
     """
     made = meta_model(config, model)
-    with recording(head.device_type) as recorder:
+    with recording() as recorder:
         place(made, model, recorder)
         steps = Steps(made, model, recorder, PlannedHead(head, recorder), optimizer, autocast)
         return record_twice(steps, lambda: steps.run(pieces), count_tokens(pieces, model.layout))
 
 
 @contextlib.contextmanager
-def recording(device_type: str) -> Iterator[Recorder]:
-    """Inside, tensors have no memory, and what they would take on "cpu" or "cuda" is recorded."""
-    kernels = KERNELS if device_type == "cpu" else 0
+def recording() -> Iterator[Recorder]:
+    """Inside, tensors have no memory, and what they would take is recorded."""
     log = logging.getLogger("fastalign.models")  # which would tell of the kernels of a CPU
     level = log.level
     log.setLevel(logging.WARNING)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Recorder(kernels) as recorder, torch.device("cpu"):
+        with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder, torch.device("cpu"):
             yield recorder
     finally:
         log.setLevel(level)

@@ -44,7 +44,8 @@ def train(kit, **settings):
     assert kinds == {"DTensor" if settings.get("fsdp") else "Parameter"}
     return {
         "weights": {name: whole(p) for name, p in kit.weights(trainer).items()}, "logs": kit.logs(trainer),
-        "eval": trainer.evaluate(), "state": trainer.run_state(), "saved": sorted(path.name for path in folder.iterdir()),
+        "eval": trainer.evaluate(), "state": trainer.run_state(),
+        "saved": sorted(path.name for path in folder.iterdir()),
     }  # fmt: skip
 
 

@@ -283,8 +283,8 @@ class TrainerConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}; accepted is {accepted!r}")
         if self.async_save and self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
-                f"async_save=True with hub_strategy={str(self.hub_strategy)!r}, which pushes checkpoints as soon as they "
-                "are saved, is not supported; accepted is 'end'"
+                f"async_save=True with hub_strategy={str(self.hub_strategy)!r}, which pushes a checkpoint as soon as "
+                "it is saved, is not supported; accepted is 'end'"
             )
         if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError("fsdp shards over several processes and this is one: start it with torchrun or accelerate")

@@ -123,7 +123,7 @@ def keep(kit, conftest, folder, result, max_steps):
     shutil.copy(last / "model.safetensors", result)
 
 
-@pytest.mark.parametrize("kills", [40])
+@pytest.mark.parametrize("kills", [12])
 def test_killed_while_it_writes_in_the_background(processes, tmp_path, kills):
     rng, folder = random.Random(0), tmp_path / "killed"
     out, steps, caught = folder / "out", 3 * kills, 0

@@ -116,16 +116,26 @@ def _named(module: ModuleType, name: str, function: Callable[..., None]) -> Iter
         setattr(module, name, former)
 
 
+class GivenUpError(RuntimeError):
+    """Nobody waits for the work any more."""
+
+
 class Background:
-    """One piece of work at a time, in a thread that does not keep the process alive."""
+    """One piece of work at a time, in a thread.
+
+    The process lives until it is done: an interpreter that ends while a thread is in native code aborts. Work asks by
+    `look` whether it was given up.
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._given_up = threading.Event()
 
     def start(self, work: Callable[[], None]) -> None:
         """What was started before has to be waited for first."""
         assert self._thread is None
+        self._given_up.clear()
 
         def run() -> None:
             try:
@@ -133,7 +143,7 @@ class Background:
             except Exception as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> Exception | None:
@@ -142,3 +152,10 @@ class Background:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
         return error
+
+    def give_up(self) -> None:
+        self._given_up.set()
+
+    def look(self) -> None:
+        if self._given_up.is_set():
+            raise GivenUpError("the run was broken off while this checkpoint was written")

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from fastalign.trainers.async_saving import Background, HostCopies, Write, deferred_files
+from fastalign.trainers.async_saving import Background, GivenUpError, HostCopies, Write, deferred_files
 from fastalign.trainers.checkpoint_files import (
     UNFINISHED,
     CheckpointError,
@@ -77,6 +77,7 @@ class CheckpointingTrainer(GuardedTrainer):
             keep = {final} | ({Path(best)} if best else set())
             complete = functools.partial(_complete, files, staged, final, self.args.save_total_limit, keep)
             if self.args.should_save and self.args.async_save:
+                files[:] = [work for write in files for work in (self._background.look, write)]
                 self._background.start(complete)
             elif self.args.should_save:
                 complete()
@@ -101,7 +102,11 @@ class CheckpointingTrainer(GuardedTrainer):
         if self._saving is None:
             return
         (staged, final), self._saving = self._saving, None
-        self._raise_alike(self._background.wait(), final)
+        error = self._background.wait()
+        if isinstance(error, GivenUpError):
+            logger.warning("%s was not written: %s", final.name, error)
+            error = None
+        self._raise_alike(error, final)
         self.accelerator.wait_for_everyone()
         if self._has_own_disk and not self.args.should_save and staged.exists():
             _complete([], staged, final, self.args.save_total_limit, {final})
@@ -184,6 +189,9 @@ class CheckpointingTrainer(GuardedTrainer):
         except Exception as error:
             self._abandon(error)
             raise
+        except BaseException:
+            self._background.give_up()  # a second signal: after the file at hand the process may end
+            raise
         finally:
             stopping.request.leave()
         asked = stopping.stopped_by or stopping.request.signal  # the latter: too late to matter, not to be forgotten
@@ -234,15 +242,15 @@ class CheckpointingTrainer(GuardedTrainer):
         super()._load_best_model()
 
     def _agreed_result(self, find: Callable[[], tuple[Path, list[str]]]) -> tuple[Path, list[str]]:
-        found: list[tuple[Path | None, list[str], str | None]] = []
-        if self.args.local_process_index == 0:
+        found: list[tuple[Path | None, list[str], Exception | None]] = []
+        if self._has_own_disk:
             try:
                 found.append((*find(), None))
-            except CheckpointError as error:
-                found.append((None, [], str(error)))
+            except (CheckpointError, OSError) as error:
+                found.append((None, [], error))
         every = found if self.accelerator.num_processes == 1 else gather_object(found)
         if errors := [error for _, _, error in every if error is not None]:
-            raise CheckpointError(errors[0])
+            raise errors[0]
         folders = sorted({str(folder) for folder, _, _ in every})
         if len(folders) != 1:
             raise CheckpointError(

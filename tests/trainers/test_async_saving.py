@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -50,7 +52,7 @@ def slowed(monkeypatch, trainer) -> list[set[str]]:
     original, left = checkpoints._complete, []
 
     def complete(files, staged, final, *args):
-        left.append({str(Path(write.args[1]).relative_to(staged)) for write in files})
+        left.append({str(Path(write.args[1]).relative_to(staged)) for write in files[1::2]})  # it looks before each
         step, deadline = trainer.state.global_step, time.monotonic() + 1
         while trainer.state.global_step < min(step + 1, 5) and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -137,9 +139,13 @@ def test_a_run_that_fails_waits_for_what_is_written(kit, monkeypatch, bad):
 
 
 class SignalAt(TrainerCallback):
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_ends_with_the_checkpoint_in_place(kit, monkeypatch, python_signals):
@@ -151,6 +157,19 @@ def test_sigterm_ends_with_the_checkpoint_in_place(kit, monkeypatch, python_sign
     assert [folder.name for folder in there] == ["checkpoint-2", "checkpoint-3"]
     check(there[-1])
     assert not (kit.folder / "out" / UNFINISHED).exists()
+
+
+def test_a_second_one_does_not_wait_for_the_files(kit, monkeypatch, python_signals):
+    trainer = adapter(kit, callbacks=[SignalAt(2)])
+    with monkeypatch.context() as patch:
+        slowed(patch, trainer)
+        with pytest.raises(Terminated):
+            trainer.train()
+    assert trainer.state.global_step == 2
+    assert not checkpoints_in(kit.folder / "out")
+    trainer.remove_callback(SignalAt)
+    trainer.train()  # goes on all the same, once the thread has seen that nobody waits
+    assert [folder.name for folder in checkpoints_in(kit.folder / "out")][-1] == "checkpoint-5"
 
 
 def test_the_best_one_is_in_place_when_it_is_loaded(kit, monkeypatch):
@@ -225,6 +244,24 @@ def test_work_in_the_background_is_waited_for_once():
     background.start(bad)
     assert isinstance(background.wait(), OSError)
     assert background.wait() is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("save", ["torch.save(x, folder / 'x')", "safetensors.torch.save_file(x, folder / 'x')"])
+def test_a_process_that_is_told_twice_ends_properly(tmp_path, save):
+    """In the middle of a file: the interpreter would abort under a thread that does not end."""
+    program = f"""
+import sys, pathlib, safetensors.torch, torch
+from fastalign.trainers.async_saving import Background
+folder, x = pathlib.Path(sys.argv[1]), {{"x": torch.ones(1 << 24)}}
+background = Background()
+background.start(lambda: [{save}, background.look(), (folder / "more").touch()])
+background.give_up()
+sys.exit(143)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_pushing_checkpoints_is_refused(kit):

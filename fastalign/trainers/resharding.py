@@ -26,6 +26,12 @@ def is_of_sharded_run(checkpoint: str | Path) -> bool:
     return (Path(checkpoint) / SHARDED_WEIGHTS).is_file()
 
 
+def read_state(file: Path, *, mapped: bool = False) -> Any:
+    """What `torch.save` wrote; an error where that is anything but tensors and plain values. mapped: not read, but
+    mapped into memory, for what is copied from there."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def load_named_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """Load the whole weights that a run with FSDP2 has kept into a model that is not sharded.
 
@@ -33,7 +39,7 @@ def load_named_weights(model: nn.Module, checkpoint: str | Path) -> None:
     adapter is kept.
     """
     file = Path(checkpoint) / SHARDED_WEIGHTS
-    found = model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True), strict=False)
+    found = model.load_state_dict(read_state(file, mapped=True), strict=False)
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     if wrong := sorted((trained & set(found.missing_keys)) | set(found.unexpected_keys)):
         what = "has no" if wrong[0] in found.missing_keys else "has a"
@@ -52,7 +58,7 @@ def load_optimizer_state(checkpoint: str | Path, names: Names, *, named: bool) -
     names: as of `parameter_names`, of this run. Raises ValueError for a checkpoint that trained other parameters.
     """
     file = Path(checkpoint) / (PLAIN_OPTIMIZER if named else SHARDED_OPTIMIZER)
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    state = read_state(file, mapped=named)  # each process takes its share of it
     own = list(chain.from_iterable(names))
     theirs = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
     sizes = [len(group["params"]) for group in state["param_groups"]]

@@ -29,6 +29,7 @@ from fastalign.trainers.resharding import (
     load_named_weights,
     load_optimizer_state,
     parameter_names,
+    read_state,
 )
 from fastalign.trainers.zero import check_deepspeed, check_partitioned, load_whole_models
 
@@ -141,7 +142,7 @@ class ShardingTrainer(Trainer):
             set_optimizer_state_dict(self.model, self.optimizer, state, options=whole)
         else:
             self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.is_fsdp_enabled and state_dict:  # gathered name by name: tied weights are one tensor again

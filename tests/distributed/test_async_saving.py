@@ -70,7 +70,7 @@ def fail(kit, conftest, folder, name, **settings):
 
 @pytest.mark.parametrize("spread", resuming.SPREAD)
 def test_the_files_are_those_of_a_run_that_waits(kit, processes, tmp_path, spread):
-    settings, names = resuming.SPREAD[spread], ("dpo, tied", "dpo, adapter", "tr-dpo", "ppo, critic, adapter")
+    settings, names = resuming.SPREAD[spread], ("dpo, tied", "tr-dpo", "ppo, critic, adapter")
     calls = []
     for name in names:
         common = {"name": name, **settings}

@@ -35,7 +35,7 @@ PACKAGE = Path(fastalign.__file__).parent
 CONFIGS = [DPOConfig, PPOConfig, PROConfig, RewardConfig, SFTConfig]
 DIGEST = "a" * 64
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load"}
+FORBIDDEN_CALLS = {"eval", "exec", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load"}
 FORBIDDEN_CALLS |= {"os.system", "os.popen", "pd.read_pickle", "torch.distributed.checkpoint.load", "dcp.load"}
 
 
@@ -57,7 +57,8 @@ def test_nothing_in_the_package_loads_pickles_or_runs_text():
         for call in calls(tree):
             assert ast.unparse(call.func) not in FORBIDDEN_CALLS, f"{path}:{call.lineno}"
             keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
-            assert keywords.get("weights_only", "True") == "True", f"{path}:{call.lineno}"
+            default = None if ast.unparse(call.func) == "torch.load" else "True"  # said, whatever torch's default is
+            assert keywords.get("weights_only", default) == "True", f"{path}:{call.lineno}"
             assert keywords.get("allow_pickle", "False") == "False", f"{path}:{call.lineno}"
             assert keywords.get("shell", "False") == "False", f"{path}:{call.lineno}"
 

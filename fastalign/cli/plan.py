@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastalign.cli.flags import UsageError, dataclass_field_names, parse_argv, suggestion
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TRAINERS = ("dpo", "sft", "reward", "pro", "ppo")
 DEVICES = ("cpu", "cuda")
+SHARDING = ("fsdp", "fsdp_config", "deepspeed")
+DIVIDED = ("weights", "adapter", "gradients", "optimizer")
 
 OWN_FLAGS = """  --trainer NAME
         whose settings they are: dpo (default), sft, reward, pro or ppo
@@ -26,7 +28,8 @@ OWN_FLAGS = """  --trainer NAME
 HELP = f"""usage: fastalign plan --config FILE.yaml [--NAME VALUE ...]
 
   Predict the peak memory of a training step by part, and its work, from the settings of `fastalign dpo` (or sft,
-  reward, pro, ppo). Of the models only config.json is read, of the data the lengths.
+  reward, pro, ppo). Of the models only config.json is read, of the data the lengths. It is planned for a process that
+  holds the whole model: what sharding (fsdp, deepspeed) would save is not.
 
 {OWN_FLAGS}  --memory_gb GIB
         choose micro_batch_tokens for this much memory; by default nine tenths of the GPU's, on the CPU none is chosen
@@ -184,6 +187,8 @@ def run(argv: list[str]) -> None:
     if order is None:
         return
     as_json, brief = order.switch("json"), order.switch("brief")
+    sharding = next((name for name in SHARDING if order.given.get(name)), None)
+    order = replace(order, given={name: value for name, value in order.given.items() if name not in SHARDING})
     made = order.made()
     plan = order.planned(made)
     chosen: tuple[int, StepPlan] | None = None
@@ -199,9 +204,15 @@ def run(argv: list[str]) -> None:
         found: dict[str, Any] = {"plan": plan.as_dict(), "alternatives": {n: p.as_dict() for n, p in alternatives}}
         if chosen is not None:
             found["auto"] = {"micro_batch_tokens": chosen[0], "plan": chosen[1].as_dict()}
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found | ({"not_planned": sharding} if sharding else {}), indent=2))
         return
     print(render(plan, alternatives), end="")
+    if sharding:
+        divided = sum(plan.parts.get(name, 0) for name in DIVIDED) / 2**20
+        print(
+            f"{sharding} is not planned: of N processes each holds 1/N of the {divided:.1f} MiB of weights, gradients "
+            "and optimizer, and beside it some layers and the head gathered"
+        )
     if chosen is None:
         print("give --memory_gb to have micro_batch_tokens chosen")
     else:

@@ -15,6 +15,7 @@ from fastalign.models.actor_critic import CRITIC_FOLDER, VALUE_HEAD_FILE, ActorC
 from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.models.sharding import whole
 from fastalign.trainers.base import STATE_FILE, FusedTrainer
+from fastalign.trainers.resharding import is_of_sharded_run
 from fastalign.types import Metric
 
 
@@ -94,7 +95,7 @@ class ActorCriticTrainer(FusedTrainer):
                 "checkpoint of such a run"
             )
         self._check_critic(folder)
-        if self.is_fsdp_enabled:  # one file holds both
+        if self.is_fsdp_enabled or is_of_sharded_run(folder):  # one file holds both
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with self._as_model(self.actor_critic.policy):

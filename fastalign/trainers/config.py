@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -197,6 +198,15 @@ class TrainerConfig(TrainingArguments):
         default=False, metadata=described("Also save base and adapter merged into one model, in output_dir/merged.")
     )
 
+    # ---- checkpoints
+    async_save: bool = field(
+        default=False,
+        metadata=described(
+            "Write checkpoints while training goes on: a step waits only for a copy of weights and optimizer state to "
+            "host memory, and training ends with the last one in place."
+        ),
+    )
+
     # ---- steps that cannot be trusted
     on_bad_step: str = field(
         default="stop",
@@ -271,6 +281,11 @@ class TrainerConfig(TrainingArguments):
         for name, (accepted, reason) in others.items():
             if getattr(self, name, accepted) != accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported: {reason}; accepted is {accepted!r}")
+        if self.async_save and self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"async_save=True with hub_strategy={str(self.hub_strategy)!r}, which pushes a checkpoint as soon as "
+                "it is saved, is not supported; accepted is 'end'"
+            )
         if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError("fsdp shards over several processes and this is one: start it with torchrun or accelerate")
 

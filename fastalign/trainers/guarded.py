@@ -95,17 +95,19 @@ class GuardedTrainer(ShardingTrainer):
 
     def _described(self, parts: Sequence[tuple[Any, Tensor]], reason: str, loss: float, norm: float) -> BadStep:
         """All processes take part: their rows are gathered."""
-        own = [(rows, float(share)) for rows, share in parts]
+        own = [(self.args.process_index, rows, float(share)) for rows, share in parts]
         every = own if self.accelerator.num_processes == 1 else gather_object(own)
-        known = [(rows, share) for rows, share in every if rows is not None]
+        known = [(process, rows, share) for process, rows, share in every if rows is not None]
+        suspected = suspects(known)
         return BadStep(
             step=self.state.global_step + 1,
             reason=reason,
             action=self.guard.action,
             loss=loss,
             grad_norm=norm,
-            rows=sorted({row for rows, _ in known for row in rows}) if known else None,
-            suspects=suspects(known) if known else None,
+            rows=sorted({row for _, rows, _ in known for row in rows}) if known else None,
+            suspects=sorted({row for rows in suspected.values() for row in rows}) if known else None,
+            processes=suspected if known else None,
         )
 
     @contextlib.contextmanager

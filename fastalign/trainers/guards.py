@@ -92,7 +92,8 @@ class BadStep:
     """What is written down of a bad step: one line of JSON in `bad_steps.jsonl`.
 
     rows: the data set's rows of the step, of all processes; suspects: those of the parts of it whose loss is not finite
-    or is the largest. None where the data have no row numbers.
+    or is the largest; processes: the suspects by the number of the process that had them. None where the data have no
+    row numbers.
     """
 
     step: int
@@ -102,6 +103,7 @@ class BadStep:
     grad_norm: float | None
     rows: list[int] | None
     suspects: list[int] | None
+    processes: dict[int, list[int]] | None = None
 
     def write(self, folder: Path) -> Path:
         """Append to the record in a folder; returns its path."""
@@ -118,12 +120,18 @@ class BadStep:
     def __str__(self) -> str:
         rows = self.suspects if self.suspects is not None else []
         shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        return f"step {self.step}: {self.reason}" + (f"; rows {shown}" if rows else "")
+        numbers = sorted(self.processes or {})
+        where = f" in process {', '.join(map(str, numbers))}" if numbers and numbers != [0] else ""
+        return f"step {self.step}: {self.reason}" + (f"; rows {shown}{where}" if rows else "")
 
 
-def suspects(parts: list[tuple[list[int], float]]) -> list[int]:
-    """Of (rows, loss) parts of a step, the rows of those whose loss is not finite, or else of the largest one."""
-    wrong = [rows for rows, loss in parts if not math.isfinite(loss)]
+def suspects(parts: list[tuple[int, list[int], float]]) -> dict[int, list[int]]:
+    """Of (process, rows, loss) parts of a step, the rows of those whose loss is not finite, or else of the largest one,
+    by process."""
+    wrong = [part for part in parts if not math.isfinite(part[2])]
     if not wrong and parts:
-        wrong = [max(parts, key=lambda part: part[1])[0]]
-    return sorted({row for rows in wrong for row in rows})
+        wrong = [max(parts, key=lambda part: part[2])]
+    found: dict[int, set[int]] = {}
+    for process, rows, _ in wrong:
+        found.setdefault(process, set()).update(rows)
+    return {process: sorted(rows) for process, rows in sorted(found.items())}

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastalign.models import fuse_head
@@ -133,7 +133,7 @@ class LiveReference(NoReference):
         if self.args.sync_ref_model:
             assert self._model is not None
             tensors = {name: p.detach().cpu().contiguous() for name, p in self._model.named_parameters()}
-            save_file(tensors, folder / WEIGHTS_FILE)
+            safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -144,7 +144,7 @@ class LiveReference(NoReference):
         own = dict(self._model.named_parameters())
         if not (file := folder / WEIGHTS_FILE).is_file():
             raise ValueError(f"{file} is missing: sync_ref_model=True goes on from the reference of the checkpoint")
-        tensors = load_file(file)
+        tensors = safetensors.torch.load_file(file)
         if tensors.keys() != own.keys():
             raise ValueError(f"{file} is the reference of another model: it has not the policy's tensors")
         for name, tensor in tensors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,24 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from fastalign.models.sharding import is_partitioned, is_sharded, reshard, set_gradient_sync, sharded_names
 from fastalign.trainers.batches import Batch
 from fastalign.trainers.config import TrainerConfig
+from fastalign.trainers.resharding import (
+    PLAIN_OPTIMIZER,
+    SHARDED_OPTIMIZER,
+    is_of_sharded_run,
+    load_named_weights,
+    load_optimizer_state,
+    parameter_names,
+    read_state,
+)
 from fastalign.trainers.zero import check_deepspeed, check_partitioned, load_whole_models
 
 
@@ -65,9 +77,11 @@ class ShardingTrainer(Trainer):
             # policy rounds weights, residual stream, losses and gradients
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         reshard(self.model)  # the optimizer is made of parameters as they are
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+            self._load_before_sharding(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_fsdp_enabled:
             check_sharded(self.model, self.args.device)
         if self.is_deepspeed_enabled:
@@ -87,6 +101,48 @@ class ShardingTrainer(Trainer):
             yield
         finally:
             reshard(self.model)
+
+    # ---- checkpoints of runs that were spread otherwise, see `resharding`
+
+    def _load_before_sharding(self, checkpoint: str) -> None:
+        """The model of a run without FSDP2 is loaded as it was there, while it is whole in every process."""
+        if is_of_sharded_run(checkpoint):
+            return
+        if is_sharded(self.model):
+            raise ValueError(
+                f"{checkpoint} is of a run without FSDP2, and this model is sharded already: resume with a new trainer"
+            )
+        self.is_fsdp_enabled = False
+        try:
+            self._load_from_checkpoint(checkpoint)
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_of_sharded_run(resume_from_checkpoint) == self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not self.is_fsdp_enabled:  # else it was loaded before the model was sharded
+            load_named_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled and best is not None and not is_of_sharded_run(best):
+            raise ValueError(f"the best model, {best}, is of a run without FSDP2: load it from there")
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        other = PLAIN_OPTIMIZER if self.is_fsdp_enabled else SHARDED_OPTIMIZER
+        if checkpoint is None or self.is_deepspeed_enabled or not (Path(checkpoint) / other).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        names = parameter_names(self.model, self.optimizer)
+        state = load_optimizer_state(checkpoint, names, named=self.is_fsdp_enabled)
+        if self.is_fsdp_enabled:
+            whole = StateDictOptions(full_state_dict=True)  # in every process, each of which takes its share
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=whole)
+        else:
+            self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.is_fsdp_enabled and state_dict:  # gathered name by name: tied weights are one tensor again

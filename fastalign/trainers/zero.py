@@ -37,6 +37,7 @@ def check_deepspeed(plugin: Any, args: TrainingArguments) -> None:
         ("merge_adapter", getattr(args, "merge_adapter", False)),
         ("auto_find_batch_size", args.auto_find_batch_size),
         ("load_best_model_at_end", args.load_best_model_at_end),
+        ("async_save", getattr(args, "async_save", False)),
         ("normalize_rewards", getattr(args, "normalize_rewards", "none") != "none"),
         ("sync_ref_model", getattr(args, "sync_ref_model", False)),
         ("loss_type='kto'", "kto" in loss_types),

@@ -30,6 +30,13 @@ def test_plan_reads_the_files_of_dpo(config, capsys):
     assert "with one setting changed" not in out
 
 
+def test_what_is_not_planned_is_said(config, capsys):
+    assert cli.main(["plan", "--config", config, "--brief", "--fsdp", "full_shard"]) == 0
+    assert "fsdp is not planned: of N processes each holds 1/N of the" in capsys.readouterr().out
+    assert cli.main(["plan", "--config", config, "--brief", "--json", "--fsdp", "full_shard"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_planned"] == "fsdp"
+
+
 def test_plan_as_json_with_a_choice_for_a_budget(config, capsys):
     assert cli.main(["plan", "--config", config, "--json", "--brief", "--memory_gb", "1"]) == 0
     found = json.loads(capsys.readouterr().out)

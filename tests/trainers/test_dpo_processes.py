@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastalign.models.sharding import whole
+
 RUNS = {
     "kto": {"loss_type": "kto"},
     "bco": {"loss_type": "bco"},
@@ -18,6 +20,7 @@ RUNS = {
         "use_peft": True,
         "lora_target_modules": ["q_proj"],
     },
+    "fsdp2": {"fsdp": True},  # the last one: accelerate goes on sharding; tests/distributed has more
 }
 TIMES = {"tokens_per_second", "epoch"}
 
@@ -37,9 +40,12 @@ def train(kit, **settings):
     trainer = kit.trainer(kit.model().double(), *data, **(defaults | settings))
     trainer.train()
     folder = Path(trainer.args.output_dir) / "checkpoint-3"
+    kinds = {type(parameter).__name__ for parameter in trainer.model.parameters()}
+    assert kinds == {"DTensor" if settings.get("fsdp") else "Parameter"}
     return {
-        "weights": kit.weights(trainer), "logs": kit.logs(trainer), "eval": trainer.evaluate(),
-        "state": trainer.run_state(), "saved": sorted(path.name for path in folder.iterdir()),
+        "weights": {name: whole(p) for name, p in kit.weights(trainer).items()}, "logs": kit.logs(trainer),
+        "eval": trainer.evaluate(), "state": trainer.run_state(),
+        "saved": sorted(path.name for path in folder.iterdir()),
     }  # fmt: skip
 
 
@@ -56,7 +62,8 @@ def test_two_processes_give_what_one_gives(kit, two, index):
     settings = list(RUNS.values())[index]
     # as many pairs a step: twice the batch, or two batches
     doubled = {"gradient_accumulation_steps": 2} if "max_tokens_per_batch" in settings else {}
-    one = train(kit, **(settings | (doubled or {"per_device_train_batch_size": 8})))
+    whole_model = {"fsdp": None, "ddp_backend": None} if "fsdp" in settings else {}
+    one = train(kit, **(settings | (doubled or {"per_device_train_batch_size": 8}) | whole_model))
     got, other = two[0][index], two[1][index]
     exact = {"rtol": 1e-9, "atol": 1e-11}
     float32 = {"rtol": 1e-5, "atol": 1e-7}  # adapters are in float32
@@ -73,4 +80,7 @@ def test_two_processes_give_what_one_gives(kit, two, index):
     if "reward_shift" in one["state"]:
         assert got["state"]["reward_shift"] == pytest.approx(one["state"]["reward_shift"], rel=1e-9)
         assert got["state"]["reward_shift"][1] + got["state"]["reward_shift"][3] == 24
-    assert [name for name in got["saved"] if "rng" not in name] == [name for name in one["saved"] if "rng" not in name]
+    sharded = {"optimizer.bin", "pytorch_model_fsdp.bin"} if "fsdp" in settings else set()
+    saved, expected = ({name for name in run["saved"] if "rng" not in name} for run in (got, one))
+    assert saved - sharded == expected - ({"optimizer.pt"} if sharded else set())
+    assert sharded <= saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -92,6 +93,12 @@ def test_the_record_is_json_and_grows(tmp_path):
 
 
 def test_suspects_are_the_rows_of_what_is_not_finite_or_the_largest():
-    assert suspects([([1, 2], 0.5), ([3], math.nan), ([4], math.inf)]) == [3, 4]
-    assert suspects([([1, 2], 0.5), ([3, 0], 2.0)]) == [0, 3]
-    assert suspects([]) == []
+    assert suspects([(0, [1, 2], 0.5), (0, [3], math.nan), (1, [4], math.inf)]) == {0: [3], 1: [4]}
+    assert suspects([(0, [1, 2], 0.5), (1, [3, 0], 2.0)]) == {1: [0, 3]}
+    assert suspects([]) == {}
+
+
+def test_the_process_is_named_where_there_are_several():
+    step = BadStep(3, "the loss is nan", "skip", math.nan, 1.5, [4, 7], [7], {1: [7]})
+    assert str(step) == "step 3: the loss is nan; rows 7 in process 1"
+    assert str(replace(step, processes={0: [7]})) == "step 3: the loss is nan; rows 7"

@@ -1,7 +1,6 @@
 """The trainers' kit of models, data and trainers; processes that call functions of a test's file."""
 
 import importlib.util
-import multiprocessing
 import runpy
 import socket
 from multiprocessing.context import ForkServerContext
@@ -26,14 +25,6 @@ def kit(tmp_path):
 @pytest.fixture(scope="session")
 def conftest():
     return trainers
-
-
-@pytest.fixture(scope="session")
-def forks() -> ForkServerContext:
-    """Processes that start in milliseconds: their server has imported the trainers, and runs nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastalign.trainers", "fastalign.cli.dpo"])
-    return context
 
 
 class Processes:

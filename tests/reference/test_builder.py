@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -36,22 +35,11 @@ SHARD_TOKENS = 150
 BATCH_TOKENS = 40
 
 
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastalign.reference"])
-    warm = context.Process(target=exec, args=("import fastalign.reference", {}))
-    warm.start()
-    warm.join()
-    assert warm.exitcode == 0
-    return context
-
-
 class Killer:
     """Starts builds of `sequences` and kills them after a random time."""
 
-    def __init__(self, processes, root, digest, sequences, seed: int = 0) -> None:
-        self.processes, self.root, self.digest, self.sequences = processes, root, digest, sequences
+    def __init__(self, forks, root, digest, sequences, seed: int = 0) -> None:
+        self.forks, self.root, self.digest, self.sequences = forks, root, digest, sequences
         self.rng = random.Random(seed)
 
     def start(self, journal: str = "journal"):
@@ -62,7 +50,7 @@ class Killer:
         }
         values |= {"sequences": [tuple(sequence) for sequence in self.sequences]}
         values |= {"shard_tokens": SHARD_TOKENS, "batch_tokens": BATCH_TOKENS}
-        process = self.processes.Process(target=exec, args=(BUILD, values))
+        process = self.forks.Process(target=exec, args=(BUILD, values))
         process.start()
         return process
 
@@ -125,22 +113,22 @@ def kill_until_done(killer: Killer, kills: int, most_batches: int, scorer) -> in
     return died
 
 
-def test_kill_9_loses_at_most_the_shard_being_written(tmp_path, processes, digest, scorer, make_sequences):
-    killer = Killer(processes, tmp_path, digest, make_sequences(1200))
+def test_kill_9_loses_at_most_the_shard_being_written(tmp_path, forks, digest, scorer, make_sequences):
+    killer = Killer(forks, tmp_path, digest, make_sequences(1200))
     assert kill_until_done(killer, kills=6, most_batches=40, scorer=scorer) >= 3
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
-def test_many_kills(tmp_path, processes, digest, scorer, make_sequences, seed):
-    killer = Killer(processes, tmp_path, digest, make_sequences(20_000, seed=seed), seed)
+def test_many_kills(tmp_path, forks, digest, scorer, make_sequences, seed):
+    killer = Killer(forks, tmp_path, digest, make_sequences(20_000, seed=seed), seed)
     assert kill_until_done(killer, kills=50, most_batches=40, scorer=scorer) >= 40
 
 
-def test_several_processes_build_at_once(tmp_path, processes, digest, scorer, make_sequences):
+def test_several_processes_build_at_once(tmp_path, forks, digest, scorer, make_sequences):
     """Three builds of overlapping sequences into one new folder, one of them killed."""
     sequences = make_sequences(300)
-    builders = [Killer(processes, tmp_path, digest, part) for part in (sequences[:200], sequences[100:], sequences)]
+    builders = [Killer(forks, tmp_path, digest, part) for part in (sequences[:200], sequences[100:], sequences)]
     running = [builder.start(f"journal-{i}") for i, builder in enumerate(builders)]
     while running[2].is_alive() and not (tmp_path / "journal-2").exists():
         time.sleep(0.001)

@@ -87,7 +87,7 @@ def prepare_rows(
     if report.bad and on_bad_row == "error":
         raise BadRowsError(report)
     if not report.kept:
-        raise ValueError(f"no row is left to train on: {report}")
+        raise ValueError(f"no row is left to train on: {report if report.read else f'{source.name} has no rows'}")
     table = pyarrow.concat_tables(tables)
     return PreparedData(datasets.Dataset(table, fingerprint=fingerprint(table)), report)
 

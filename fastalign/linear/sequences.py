@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastalign.ops import sequence_logps
+from fastalign.ops.arguments import check_boundaries
 from fastalign.ops.uploads import on_device
 
 
 def count_sequences(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> int:
     """Sequences of a padded batch, or of a packed one. Raises ValueError where it is neither."""
     if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, hidden.device)
         return cu_seqlens.shape[0] - 1
     if targets.dim() != 2:
         raise ValueError(

@@ -17,7 +17,7 @@ SPECIAL = ["<s>", "</s>", "<pad>"]
 Fuzz = Callable[..., None]
 
 
-def refusal(check: Callable[..., Any], *values: Any) -> ValueError | None:
+def refusal_of(check: Callable[..., Any], *values: Any) -> ValueError | None:
     """The ValueError that `check` refused its input with. Python's own UnicodeError names neither file nor row."""
     try:
         check(*values)
@@ -26,6 +26,11 @@ def refusal(check: Callable[..., Any], *values: Any) -> ValueError | None:
     except ValueError as error:
         return error
     return None
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[..., ValueError | None]:
+    return refusal_of
 
 
 @pytest.fixture(params=["quick", pytest.param("long", marks=pytest.mark.long)])
@@ -40,7 +45,7 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
         )  # fmt: skip
         @given(st.tuples(*strategies))
         def target(values: tuple[Any, ...]) -> None:
-            if (error := refusal(check, *values)) is not None:
+            if (error := refusal_of(check, *values)) is not None:
                 assert 0 < len(str(error).strip()) < 10_000
 
         target()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ def load_causal_lm(name_or_path: str, *, dtype: str | torch.dtype = "float32", *
     """
     check_source(name_or_path)
     told = kwargs.pop("output_loading_info", False)
-    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True, **kwargs)
+    with short_refusal(name_or_path):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True, **kwargs
+        )
     if told:
         return model, info
     if missing := sorted(info["missing_keys"]):
@@ -36,6 +41,18 @@ def load_causal_lm(name_or_path: str, *, dtype: str | torch.dtype = "float32", *
             f"{missing[0]}: they would be random"
         )
     return model
+
+
+@contextmanager
+def short_refusal(name: str | os.PathLike[str]) -> Iterator[None]:
+    """transformers names all hundreds of classes that a model is none of; here it is said in a line."""
+    try:
+        yield
+    except ValueError as error:
+        said, listed, _ = str(error).partition("Model type should be one of")
+        if not listed:
+            raise
+        raise ValueError(f"{os.fspath(name)} is no model of this kind: {' '.join(said.split())}") from error
 
 
 def check_source(name: str | os.PathLike[str], setting: str = "model") -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastalign.ops import sequence_logps
 from fastalign.ops.arguments import check_boundaries
+from fastalign.ops.sequences import sums_between
 from fastalign.ops.uploads import on_device
 
 
@@ -45,8 +46,8 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums(per_token: Tensor, cu: Tensor, reduction: str = "sum") -> Tensor:
-    """`sequence_logps` between boundaries on the host."""
-    return sequence_logps(per_token, cu_seqlens=on_device(cu, per_token.device), reduction=reduction)
+    """`sequence_logps` between boundaries on the host, which `linear_loss` has made."""
+    return sums_between(per_token, None, on_device(cu, per_token.device).to(torch.int64), reduction)
 
 
 def halved_sums(per_token: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:

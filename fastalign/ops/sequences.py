@@ -53,15 +53,23 @@ def sequence_logps(
     else:
         offsets = _boundaries(cu_seqlens, values)
     flat = None if mask is None else mask.reshape(-1).bool()
+    return sums_between(values.reshape(-1), flat, offsets, reduction, backend)
+
+
+def sums_between(
+    values: Tensor, mask: Tensor | None, offsets: Tensor, reduction: str = "sum", backend: str = "auto"
+) -> Tensor:
+    """`sequence_logps` of packed values (N,) between offsets (B + 1,) int64 beside them, which are known to rise from 0
+    to N: nothing is checked."""
     if backend == "triton" or (backend == "auto" and values.is_cuda):
-        sums, counts = segment_sums(values.reshape(-1), flat, offsets, backend)
+        sums, counts = segment_sums(values, mask, offsets, backend)
     else:
-        sums, counts = segment_sums_torch(values.reshape(-1), flat, offsets)
+        sums, counts = segment_sums_torch(values, mask, offsets)
     return sums if reduction == "sum" else sums / counts.clamp(min=1)
 
 
 def _boundaries(cu_seqlens: Tensor, values: Tensor) -> Tensor:
-    """cu_seqlens as int64 beside values (N,), which no boundary lies outside of."""
+    """cu_seqlens as int64 beside values (N,), rising, and nowhere outside of them."""
     count, home = values.shape[0], cu_seqlens.device
     check_boundaries(cu_seqlens, values.device)
     bounds = cu_seqlens.to(torch.int64)
@@ -69,4 +77,4 @@ def _boundaries(cu_seqlens: Tensor, values: Tensor) -> Tensor:
         if bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
             raise ValueError(f"cu_seqlens must rise from 0 to N = {count}, got {bounds[:8].tolist()}")
         return bounds.to(values.device, non_blocking=True)
-    return bounds.to(values.device, non_blocking=True).clamp(0, count)
+    return bounds.to(values.device, non_blocking=True).clamp(0, count).cummax(0).values

@@ -181,6 +181,18 @@ def test_a_reference_that_is_a_path_is_damage(cache, reference):
         ReferenceCache.open(cache)
 
 
+def test_a_shard_that_leaves_its_checksum_out_is_damage(cache):
+    """Made by hand: the checksum of its index is right, and there is none of its log-probs."""
+    path = cache / "shards" / "w-0.safetensors"
+    shard(path)
+    tensors = load_file(path)
+    metadata = {"format": "fastalign-reference-shard", "version": "1", "reference": DIGEST}
+    save_file(tensors, path, metadata | {"index_sha256": _index_sha256(metadata, tensors)})
+    assert [(problem.kind, problem.what) for problem in Store(cache).problems] == [
+        ("damaged", "the checksum of its log-probs does not fit")
+    ]
+
+
 def test_a_sound_cache_is_none_of_that(cache):
     write_manifest(cache, "w", [shard(cache / "shards" / "w-0.safetensors")], {})
     assert not Store(cache).problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import datasets
@@ -32,7 +32,7 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"sequence {lengths.argmax()} has {lengths.max()} tokens, max_length={capacity} is accepted")
     bins: list[list[int]] = []
-    with_room: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # bins by the room they have left
+    with_room: defaultdict[int, deque[int]] = defaultdict(deque)  # bins by the room they have left
     rooms: list[int] = []  # that some bin has left, ascending
     for sequence in np.argsort(-lengths, kind="stable"):
         length = int(lengths[sequence])

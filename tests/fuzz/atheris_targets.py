@@ -18,12 +18,11 @@ from typing import Any
 
 import atheris
 
-PARSERS = [*("fastalign.data", "fastalign.cli", "fastalign.reference", "fastalign.kernels._tiles", "yaml")]
+PARSERS = [*("fastalign.data", "fastalign.cli", "fastalign.reference", "yaml")]
 PARSERS += ["fastalign.trainers.checkpoint_files"]
 
 with atheris.instrument_imports(include=PARSERS, enable_loader_override=False):
     import yaml  # noqa: F401
-    from fastalign.kernels import _tiles
 
     from fastalign.cli import flags, values
     from fastalign.data import conversations, files, rankings, sources
@@ -35,7 +34,7 @@ with atheris.instrument_imports(include=PARSERS, enable_loader_override=False):
     from fastalign.data.rows import RowSource, Unreadable
     from fastalign.reference import files as cache_files
     from fastalign.reference import memo, shards, store
-    from fastalign.reference.errors import CacheError, DamagedFileError
+    from fastalign.reference.errors import DamagedFileError
     from fastalign.trainers import checkpoint_files
 
 Target = Callable[[bytes], None]
@@ -297,23 +296,6 @@ def checkpoint_manifest(data: bytes) -> None:
     (folder / checkpoint_files.MANIFEST).write_bytes(whole)
     with contextlib.suppress(checkpoint_files.CheckpointError):
         checkpoint_files.check(folder)
-
-
-@target(b'{"format": "fastalign-reference-cache", "version": 1}', envelope(dict(store.FORMAT)))
-def cache_format(data: bytes) -> None:
-    root = FOLDER / "other"
-    root.mkdir(exist_ok=True)
-    (root / store.FORMAT_FILE).write_bytes(data)
-    with contextlib.suppress(CacheError, DamagedFileError):
-        store.check_format(root)
-
-
-@target(b'{"row_kernels": {"all": {"block": 4096}}, "about": "x"}')
-def tile_table(data: bytes) -> None:
-    path = FOLDER / "sm_90.json"
-    path.write_bytes(data)
-    with refusing():
-        _tiles.read_table(path)
 
 
 def main() -> None:

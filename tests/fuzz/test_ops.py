@@ -194,12 +194,15 @@ def test_each_tensor_in_turn(refusal, name):
             torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5, msg=lambda m, k=key, h=how: f"{k}, {h}: {m}")
         for how, spoil in SPOILT.items():
             spoilt = spoil(given[key].clone())
+            found.clear()
             try:
-                error = refusal(called, name, given | {key: spoilt})
+                error = refusal(lambda to, given: to.extend(called(name, given)), found, given | {key: spoilt})
             except Exception as unexpected:
                 raise AssertionError(f"{key}, {how}") from unexpected
             if how == "elsewhere":
                 assert error is not None, f"{key} on another device was taken"
+            if how == "nan" and key in ("hidden", "weight", "bias"):
+                assert not found[0].isfinite().any(), f"nan in {key} makes a finite number"
             assert error is None or 0 < len(str(error)) < 1000
 
 

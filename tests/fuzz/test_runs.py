@@ -289,3 +289,32 @@ def test_weights_that_are_not_numbers(run, make_checkpoint, tmp_path, command, w
     else:
         assert status in (1, 2)
         assert any(word in text for word in ("nan", "inf", "finite")), text
+
+
+@pytest.mark.long
+@every_command
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_makes_numbers_no_numbers_is_named(run, make_checkpoint, make_tokenizer, tmp_path, command, value):
+    """One token's embedding is spoilt, which one row has; a model that is sound on all others."""
+    folder = tmp_path / "poisoned"
+    shutil.copytree(make_checkpoint(), folder)
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    (token,) = make_tokenizer()("Z", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = value
+    model.save_pretrained(folder)
+    make = RUNS[command][0]
+    rows = [make(n, prompt=f"{n} + {'Z' if n == 2 else 1} =") for n in range(6)]
+    status, text = run(command, rows, "--max_steps", "6", "--per_device_train_batch_size", "1", checkpoint=str(folder))
+    assert status == 1 or "dpo" in command, text
+    assert status in (1, 2)
+    assert any(word in text for word in ("row 2", "rows 2")), text
+
+
+@pytest.mark.parametrize("command", ["plan --tokens 8", "doctor", "cache build", "bench step --tokens 8"])
+def test_a_missing_folder_is_said_by_every_command(tmp_path, capsys, command):
+    missing = str(tmp_path / "no" / "such")
+    flags = ["--model_name_or_path", missing, "--use_cpu"]
+    flags += ["--dataset_name", missing + ".jsonl", "--cache_dir", str(tmp_path)] if command == "cache build" else []
+    assert main([*command.split(), *flags]) == 2
+    assert f"{missing!r}: there is no such folder" in capsys.readouterr().err.splitlines()[-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ def refusal_of(check: Callable[..., Any], *values: Any) -> ValueError | None:
     except ValueError as error:
         return error
     return None
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A command says how much is logged from then on; tests that run after these count on silence."""
+    logger = logging.getLogger("fastalign")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -53,8 +53,9 @@ def _redo_exponentials_kernel(
                 acc = tl.zeros([COLUMNS], tl.float32)
                 for h in range(0, hidden_size, BLOCK_H):
                     inside = offs_h < hidden_size - h
-                    a = tl.load(hidden_ptr + place * stride_hn + (h + offs_h) * stride_hh, mask=inside, other=0.0)
-                    b = tl.load(weight_rows + (h + offs_h)[None, :] * stride_wh, mask=here[:, None] & inside[None, :],
+                    at = (h + offs_h).to(tl.int64)
+                    a = tl.load(hidden_ptr + place * stride_hn + at * stride_hh, mask=inside, other=0.0)
+                    b = tl.load(weight_rows + at[None, :] * stride_wh, mask=here[:, None] & inside[None, :],
                                 other=0.0)  # fmt: skip
                     acc += tl.sum(a.to(tl.float32)[None, :] * b.to(tl.float32), axis=1)
                 bias = None

@@ -86,7 +86,8 @@ def fused_logps_fwd(
         argmax (n,) int64, or (0,) without top1.
 
     Raises:
-        ValueError: tiles.persistent for operands that no tensor descriptor can describe.
+        ValueError: tiles.persistent for operands that no tensor descriptor can describe; columns so far apart that a
+            step along H overflows 32 bits.
     """
     n = targets.shape[0]
     values = torch.zeros(6, n, dtype=torch.float32, device=hidden.device)
@@ -99,6 +100,9 @@ def fused_logps_fwd(
             tiles = fused_tiles(arch, hidden.dtype, aligned=False)
     if keep is not None:
         tiles = keeping(tiles)
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if 2**31 <= matrix.stride(1) * tiles.block_h < 2**31 * tiles.block_h:  # from 2^31 on a stride is 64 bits itself
+            raise ValueError(f"{name} has its columns {matrix.stride(1)} elements apart: give {name}.contiguous()")
     flags = {"SOFTCAP": softcap, "ENTROPY": entropy, "TOP1": top1, "SUM_SQ": sum_sq, "SUM_Z": sum_z}
     scales = float(in_scale), float(out_scale)
     step = n

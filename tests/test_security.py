@@ -7,6 +7,10 @@ import dataclasses
 import inspect
 import json
 import pickle
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jinja2
@@ -18,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Trainer
 
 import fastalign
+from fastalign.cli import main
 from fastalign.cli.flags import UsageError, load_yaml
 from fastalign.data.formats import template_kwargs_of
 from fastalign.data.report import RowError
@@ -114,6 +119,19 @@ def test_every_load_of_a_trainer_is_of_weights_only():
         assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only") == "True"
 
 
+SHARDED_READERS = {"load", "load_state_dict", "FileSystemReader", "StorageReader", "HuggingFaceStorageReader"}
+
+
+def test_no_reader_of_sharded_checkpoints_is_imported():
+    """torch.distributed.checkpoint unpickles the .metadata of what it loads; writing, and state_dict, do not."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed.checkpoint"):
+                assert not {alias.name for alias in node.names} & SHARDED_READERS, path
+            if isinstance(node, ast.Attribute) and "checkpoint" in ast.unparse(node.value):
+                assert node.attr not in SHARDED_READERS, f"{path}:{node.lineno}"
+
+
 def test_sharded_metadata_which_is_a_pickle_is_never_asked_for(tmp_path):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
@@ -162,6 +180,18 @@ def test_a_reference_that_is_a_path_is_damage(cache, reference):
     assert "manifests/w.json" in [problem.file for problem in Store(cache).problems]
     with pytest.raises(ValueError, match="holds 0 references"):
         ReferenceCache.open(cache)
+
+
+def test_a_shard_that_leaves_its_checksum_out_is_damage(cache):
+    """Made by hand: the checksum of its index is right, and there is none of its log-probs."""
+    path = cache / "shards" / "w-0.safetensors"
+    shard(path)
+    tensors = load_file(path)
+    metadata = {"format": "fastalign-reference-shard", "version": "1", "reference": DIGEST}
+    save_file(tensors, path, metadata | {"index_sha256": _index_sha256(metadata, tensors)})
+    assert [(problem.kind, problem.what) for problem in Store(cache).problems] == [
+        ("damaged", "the checksum of its log-probs does not fit")
+    ]
 
 
 def test_a_sound_cache_is_none_of_that(cache):
@@ -219,3 +249,49 @@ def test_what_a_model_writes_is_escaped(monkeypatch):
     assert "<script" not in html
     assert "<img" not in html
     assert html.count("&lt;script&gt;") == 4
+
+
+def test_what_an_error_quotes_cannot_steer_the_terminal(tmp_path, capsys):
+    """A key of a file or a column of data may hold escape sequences, which would retitle, recolour or erase."""
+    path = tmp_path / "run.yaml"
+    path.write_text('"\\e]0;title\\abeta\\e[2J": 1\n', encoding="utf-8")
+    assert main(["dpo", "--config", str(path), "--\x1b[31mred", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "title" in err
+    assert all(character.isprintable() or character == "\n" for character in err)
+
+
+# ---- dependencies
+
+
+@pytest.mark.parametrize(
+    ("packages", "status", "says"),
+    [
+        ([{"name": "a", "version": "1", "vulns": []}], 0, "1 of 1 packages looked up, 0 with advisories"),
+        (
+            [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}], 1,
+            "a 1: CVE-1, fixed in 2",
+        ),
+        ([{"name": "a", "skip_reason": "x"}, {"name": "b", "version": "1", "vulns": []}], 2, "does not know a;"),
+        ([{"name": f"p{n}", "skip_reason": "not found"} for n in range(9)], 2, "p4 and 4 more; they were not audited"),
+        ([], 2, "does not know anything"),
+    ],
+)  # fmt: skip
+def test_an_audit_that_looked_nothing_up_is_no_success(repository, tmp_path, packages, status, says):
+    """pip-audit says "No known vulnerabilities found" where it could look none of the packages up."""
+    report_file = tmp_path / "report.json"
+    report_file.write_text(json.dumps({"dependencies": packages}))
+    command = [sys.executable, str(repository / ".ci/audited.py"), str(report_file)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == status
+    assert says in run.stdout + run.stderr
+
+
+def test_every_dependency_is_bounded(repository):
+    """From below by what was tested, from above by the next major version (of 0.x: by 1)."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for requirement in project["dependencies"]:
+        assert re.fullmatch(r"[a-z0-9]+>=[\d.]+,<\d+", requirement), requirement
+    optional = [item for group in project["optional-dependencies"].values() for item in group]
+    tools = ("ruff", "mypy", "types-PyYAML")  # constraints.txt has the versions that are used
+    assert all(">=" in item for item in optional if item not in tools)

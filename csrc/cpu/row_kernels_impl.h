@@ -120,6 +120,9 @@ inline F logit(const Logits& l, F u, int64_t column) {
   return l.softcap ? rounded(hyperbolic_tangent(x) * l.out_scale) : x;
 }
 
+// The column of a row's target among those from v0 on. Unsigned: no target is so far off that this overflows.
+inline uint64_t target_column(const int64_t* targets, int64_t row, int64_t v0) { return (uint64_t)targets[row] - (uint64_t)v0; }
+
 // ---- stats
 
 template <int K>
@@ -176,10 +179,10 @@ void stats(const RowStats& a, int64_t first, int64_t last) {
       stats_block<1>(a, column, columns, row, last - row < LANES ? (int)(last - row) : LANES);
   }
   for (int64_t row = first; row < last; ++row) {
-    int64_t column = a.targets[row] - a.v0;
-    if (column < 0 || column >= a.v) continue;
-    F u = splat(a.tile[column * a.stride + row]);
-    a.values[2 * a.n + row] = logit(a.logits, u, column)[0];
+    uint64_t column = target_column(a.targets, row, a.v0);
+    if (column >= (uint64_t)a.v) continue;
+    F u = splat(a.tile[(int64_t)column * a.stride + row]);
+    a.values[2 * a.n + row] = logit(a.logits, u, (int64_t)column)[0];
   }
 }
 
@@ -234,8 +237,8 @@ void grad(const RowGrad& a, int64_t first, int64_t last) {
   float slopes[PIECE];
   auto visit = [&](auto&& body) {
     for (int64_t row = 0; row < a.n; ++row) {
-      int64_t column = a.targets[row] - a.v0;
-      if (column >= first && column < last) body(row, column);
+      uint64_t column = target_column(a.targets, row, a.v0);
+      if (column >= (uint64_t)first && column < (uint64_t)last) body(row, (int64_t)column);
     }
   };
   auto slope_at = [&](int64_t row, int64_t column) {

@@ -28,6 +28,8 @@ COMMANDS = {
     "env": "print versions, devices and backends, and why one is unavailable",
 }
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
 USAGE = "usage: fastalign COMMAND [--help] [--NAME VALUE ...]\n"
 
 
@@ -89,5 +91,6 @@ def _dispatch(command: str, argv: list[str]) -> None:
 def _report(command: str, message: str, status: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exc()
+    message = message.translate(_CONTROL)  # it may quote a file or data
     print(f"fastalign {command}: {message}" if command else f"fastalign: {message}", file=sys.stderr)
     return status

@@ -67,8 +67,12 @@ def _unpack(where: str, words: list[str], hint: Any, accepted: str) -> Any:
         return True
     if words and takes_many(hint):
         return words
-    problem = f"takes one value, got {len(words)}: {' '.join(words)}" if words else "needs a value"
+    problem = f"takes one value, got {len(words)}: {_in_part(' '.join(words))}" if words else "needs a value"
     raise UsageError(f"{where} {problem}; accepted: {accepted}")
+
+
+def _in_part(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _choices(field: dataclasses.Field[Any]) -> tuple[Any, ...] | None:

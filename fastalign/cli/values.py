@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import json
 import types
 import typing
 from pathlib import Path
@@ -99,9 +98,11 @@ def _read(value: Any, member: Any) -> Any:
         inner = (typing.get_args(member) or (Any,))[0]
         return items if inner is Any else [coerce(item, inner) for item in items]
     if _origin(member) is dict and text is not None and text.startswith("{"):
+        from fastalign.data.files import parse_json
+
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return parse_json(text)
+        except ValueError as error:
             raise Mismatch(f"not valid JSON: {error}") from error
     return _MISSING
 

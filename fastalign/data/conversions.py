@@ -21,7 +21,7 @@ from fastalign.data.formats import checked_row
 from fastalign.data.judgements import ranks_of
 from fastalign.data.length import check_choice
 from fastalign.data.merging import Comparison, merge_comparisons
-from fastalign.data.preparation import fingerprint
+from fastalign.data.preparation import check_countable, fingerprint
 from fastalign.data.report import RowError
 
 _KEPT = ("tools", "chat_template_kwargs")  # of a row, beside its prompt
@@ -134,6 +134,7 @@ def _is_tokenised(data: Any, *columns: str) -> bool:
 
 def _tokenised_pairs(lists: datasets.Dataset, pairing: Callable[[np.ndarray], np.ndarray]) -> datasets.Dataset:
     table = lists.with_format("arrow")[:]
+    check_countable(table, "prompt_ids", "response_ids")
     owners, chosen, rejected, start = [], [], [], 0
     for number, ranks in enumerate(table["ranks"].to_pylist()):
         better, worse = np.nonzero(pairing(np.array(ranks)))
@@ -154,6 +155,7 @@ def _comparison(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
 
 def _tokenised_lists(pairs: datasets.Dataset, merge: bool) -> datasets.Dataset:
     table = pairs.with_format("arrow")[:]
+    check_countable(table, "prompt_ids", "chosen_ids", "rejected_ids")
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     examples = pairs.with_format("numpy", columns=names)
     keys = (_comparison(*(example[name] for name in names)) for example in examples)

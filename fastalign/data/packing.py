@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import datasets
@@ -32,7 +32,7 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"sequence {lengths.argmax()} has {lengths.max()} tokens, max_length={capacity} is accepted")
     bins: list[list[int]] = []
-    with_room: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # bins by the room they have left
+    with_room: defaultdict[int, deque[int]] = defaultdict(deque)  # bins by the room they have left
     rooms: list[int] = []  # that some bin has left, ascending
     for sequence in np.argsort(-lengths, kind="stable"):
         length = int(lengths[sequence])
@@ -68,26 +68,23 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2 to pack sequences, got {max_length}")
     table = dataset.with_format("arrow")[:]
-    ids, mask = (table.column(name).combine_chunks() for name in ("input_ids", "completion_mask"))
-    offsets = np.asarray(ids.offsets).astype(np.int64)
-    tokens, trained = ids.values.to_numpy(), mask.values.to_numpy(zero_copy_only=False)
-    mask_shift = np.asarray(mask.offsets).astype(np.int64)[0] - offsets[0]
+    ids, mask = (_Lists(table.column(name)) for name in ("input_ids", "completion_mask"))
     source = np.asarray(table.column("row")) if "row" in table.column_names else np.arange(len(dataset))
-    starts, lengths, rows = _pieces(offsets[:-1], np.diff(offsets), source, max_length if strategy != "bfd" else None)
+    pieces = _pieces(ids.lengths, max_length if strategy != "bfd" else None)
+    keep = np.array([mask.part(s, first + 1, n - 1).any() for s, first, n in zip(*pieces, strict=True)], bool)
+    sequences, firsts, lengths = (part[keep] for part in pieces)
 
     columns: list[list[np.ndarray]] = [[] for _ in _SCHEMA]
-    keep = [trained[s + mask_shift + 1 : s + mask_shift + n].any() for s, n in zip(starts, lengths, strict=True)]
-    starts, lengths, rows = starts[keep], lengths[keep], rows[keep]
     for members in best_fit_decreasing(lengths, max_length):
-        parts = [slice(starts[m], starts[m] + lengths[m]) for m in members]
-        shifted = [trained[part.start + mask_shift : part.stop + mask_shift].copy() for part in parts]
-        for part in shifted:
-            part[0] = False  # a piece's first token is predicted by nothing
+        parts = [(sequences[m], firsts[m], lengths[m]) for m in members]
+        trained = [mask.part(*part).copy() for part in parts]
+        for own in trained:
+            own[0] = False  # a piece's first token is predicted by nothing
         values = (
-            np.concatenate([tokens[part] for part in parts]),
-            np.concatenate(shifted),
+            np.concatenate([ids.part(*part) for part in parts]),
+            np.concatenate(trained),
             lengths[members],
-            rows[members],
+            source[sequences[members]],
         )
         for column, value in zip(columns, values, strict=True):
             column.append(value)
@@ -96,14 +93,31 @@ def pack(dataset: datasets.Dataset, max_length: int, strategy: str = "bfd") -> d
     return datasets.Dataset(packed, fingerprint=fingerprint(packed))
 
 
-def _pieces(
-    starts: np.ndarray, lengths: np.ndarray, rows: np.ndarray, max_length: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(start, length, row) of each sequence, cut where it is longer than max_length."""
+class _Lists:
+    """A column of lists, each to be had without a copy. A chunk's offsets are 32 bits wide, which the tokens of all of
+    them may exceed: they are never joined.
+    """
+
+    def __init__(self, column: pyarrow.ChunkedArray) -> None:
+        bounds = [np.asarray(chunk.offsets).astype(np.int64) for chunk in column.chunks]
+        none = [np.zeros(0, np.int64)]
+        self._values = [chunk.values.to_numpy(zero_copy_only=False) for chunk in column.chunks]
+        self._chunk = np.repeat(np.arange(len(bounds)), [len(own) - 1 for own in bounds])
+        self._start = np.concatenate(none + [own[:-1] for own in bounds])
+        self.lengths = np.concatenate(none + [np.diff(own) for own in bounds])
+
+    def part(self, number: int, first: int, length: int) -> np.ndarray:
+        """`length` values of a list, from its `first` on."""
+        start = self._start[number] + first
+        values: np.ndarray = self._values[self._chunk[number]][start : start + length]
+        return values
+
+
+def _pieces(lengths: np.ndarray, max_length: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sequence, first token, length) of each sequence, cut where it is longer than max_length."""
+    sequences = np.arange(len(lengths))
     if max_length is None or not len(lengths):
-        return starts, lengths, rows
+        return sequences, np.zeros_like(lengths), lengths
     counts = -(-lengths // max_length)
-    number = np.concatenate([np.arange(count) for count in counts])  # of a piece within its sequence
-    first = np.repeat(starts, counts) + number * max_length
-    ends = np.repeat(starts + lengths, counts)
-    return first, np.minimum(ends - first, max_length), np.repeat(rows, counts)
+    firsts = np.concatenate([np.arange(count) for count in counts]) * max_length
+    return np.repeat(sequences, counts), firsts, np.minimum(np.repeat(lengths, counts) - firsts, max_length)

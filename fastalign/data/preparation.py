@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import datasets
 import pyarrow
+import pyarrow.compute
 from datasets.utils import tqdm
 
 from fastalign.data.report import BadRow, BadRowsError, DataReport, RowError
@@ -21,6 +22,7 @@ IDS = pyarrow.list_(pyarrow.int32())
 MASK = pyarrow.list_(pyarrow.bool_())  # one bit a token
 
 _BATCH_ROWS = 512
+_MOST_VALUES = 2**31 - 1
 
 
 class Parsed(Protocol):
@@ -87,7 +89,7 @@ def prepare_rows(
     if report.bad and on_bad_row == "error":
         raise BadRowsError(report)
     if not report.kept:
-        raise ValueError(f"no row is left to train on: {report}")
+        raise ValueError(f"no row is left to train on: {report if report.read else f'{source.name} has no rows'}")
     table = pyarrow.concat_tables(tables)
     return PreparedData(datasets.Dataset(table, fingerprint=fingerprint(table)), report)
 
@@ -119,6 +121,21 @@ def _batch(
     columns: Sequence[Sequence[Any]] = list(zip(*kept, strict=True)) or [()] * len(schema)
     arrays = [pyarrow.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
     return pyarrow.Table.from_arrays(arrays, schema=schema)
+
+
+def check_countable(table: pyarrow.Table, *names: str) -> None:
+    """Raise ValueError where the lists of some columns hold more values than a conversion of them can have: Arrow joins
+    what it takes from several chunks, and counts that in 32 bits."""
+    for name in names:
+        values = table.column(name)
+        while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+            count = sum(int(chunk.offsets[-1].as_py()) - int(chunk.offsets[0].as_py()) for chunk in values.chunks)
+            if count > _MOST_VALUES:
+                raise ValueError(
+                    f"{name} holds {count} values, {_MOST_VALUES} are accepted where data are converted from one form "
+                    "to another: convert them in parts, or give rows of the form that is needed"
+                )
+            values = pyarrow.compute.list_flatten(values)
 
 
 def fingerprint(table: pyarrow.Table) -> str:

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from fastalign.data.collator import CompletionCollator
 from fastalign.data.fields import given, joined, name_of, reference_tensors
-from fastalign.data.preparation import fingerprint
+from fastalign.data.preparation import check_countable, fingerprint
 
 KL_COLUMN = "kl_completion_ids"
 
@@ -29,6 +29,7 @@ def unpair(dataset: Dataset) -> Dataset:
     Columns prompt_ids, completion_ids, label and, where there is one, row (the pair's).
     """
     table = dataset.with_format("arrow")[:]
+    check_countable(table, "prompt_ids", "chosen_ids", "rejected_ids")
     count = len(table)
     twice = np.repeat(np.arange(count), 2)
     sides = pyarrow.chunked_array([*table["chosen_ids"].chunks, *table["rejected_ids"].chunks])
@@ -54,6 +55,7 @@ def with_mismatched(dataset: Dataset, *, stride: int = 1, max_length: int | None
     look at the prompts: neighbours that share one are no mismatch. ValueError: fewer than two different prompts.
     """
     columns = dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")[:]
+    check_countable(columns, "prompt_ids", "completion_ids")
     prompts, lengths = _numbered(columns["prompt_ids"].combine_chunks())
     if len(lengths) and prompts.max() == 0:
         raise ValueError(

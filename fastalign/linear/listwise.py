@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.linear.metrics import accuracy_and_entropy
-from fastalign.linear.sequences import lengths_on, sums
+from fastalign.linear.sequences import count_sequences, lengths_on, sums
 from fastalign.losses import check_reduction, list_losses, list_metrics, mean_metric
 from fastalign.losses.listwise import Lists, check_loss_type
 from fastalign.losses.rewards import list_bounds
@@ -66,15 +66,18 @@ def linear_pro_loss(
     """
     check_reduction(reduction, num_items)
     check_list_options(loss_type=loss_type, beta=beta, sft_coef=sft_coef)
-    bounds = _checked_bounds(targets, cu_seqlens, cu_lists)
+    bounds = _checked_bounds(hidden, targets, cu_seqlens, cu_lists)
     sizes = bounds.diff()
     lists = torch.arange(len(sizes)).repeat_interleave(sizes)
     given = {"ranks": ranks} | {
         name: tensor for name, tensor in (("rewards", rewards), ("ref_logps", ref_logps)) if tensor is not None
     }
     for name, tensor in given.items():
-        if tuple(tensor.shape) != (len(lists),):
-            raise ValueError(f"{name} must be ({len(lists)},), one per sequence, got {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != (len(lists),) or tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be ({len(lists)},) on {hidden.device}, one per sequence, got {tuple(tensor.shape)} on "
+                f"{tensor.device}"
+            )
         if tensor.requires_grad:
             raise ValueError(f"{name} requires grad, but no gradient flows there: detach it")
     relative = ref_logps is not None
@@ -137,13 +140,9 @@ class _Scoring:
         return self._beta * scores, logps, lengths
 
 
-def _checked_bounds(targets: Tensor, cu_seqlens: Tensor | None, cu_lists: Tensor) -> Tensor:
+def _checked_bounds(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, cu_lists: Tensor) -> Tensor:
     """cu_lists as int64, once they are known to cut the sequences into lists that are not empty."""
-    if cu_seqlens is None and targets.dim() != 2:
-        raise ValueError(
-            f"give padded hidden (S, T, H), or packed hidden (N, H) with cu_seqlens; got targets {tuple(targets.shape)}"
-        )
-    bounds = list_bounds(cu_lists, targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    bounds = list_bounds(cu_lists, count_sequences(hidden, targets, cu_seqlens))
     if (bounds.diff() == 0).any():
         raise ValueError(f"list {int((bounds.diff() == 0).int().argmax())} of cu_lists is empty")
     return bounds

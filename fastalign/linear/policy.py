@@ -10,6 +10,7 @@ from fastalign.losses.policy_options import PolicyOptions
 from fastalign.losses.sampler import check_sampler_options, sampler_weights
 from fastalign.losses.sequences import Sequences
 from fastalign.ops import linear_loss
+from fastalign.ops.arguments import check_boundaries
 from fastalign.types import IGNORE_INDEX, LinearLogps, LossOutput, Metric
 
 
@@ -63,6 +64,8 @@ def linear_ppo_loss(
         has_reference=ref_logps is not None,
     )  # fmt: skip
     check_sampler_options(sampler_correction, sampler_cap, sampler_logps is not None)
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
     given = {"old_logps": old_logps, "advantages": advantages, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
     inputs = _per_token(targets, given)
     whole = (sampler_correction,) if sampler_logps is not None else ()
@@ -132,6 +135,10 @@ def _per_token(targets: Tensor, given: dict[str, Tensor | None]) -> dict[str, Te
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}, accepted is that of targets, {tuple(targets.shape)}"
             )
+        if tensor.device != targets.device or tensor.is_complex():
+            raise ValueError(
+                f"{name}: {tensor.dtype} on {tensor.device}, accepted are real numbers on {targets.device}, as targets"
+            )
         if tensor.requires_grad:
             raise ValueError(f"{name} requires grad, but no gradient flows there: detach it")
     return found
@@ -142,6 +149,7 @@ def _check_sequences(targets: Tensor, cu_seqlens: Tensor | None, options: Policy
     if cu_seqlens is not None:
         if cu_seqlens.device.type != "cpu":
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: it belongs on the host")
+        check_boundaries(cu_seqlens, targets.device)
         if targets.dim() != 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(targets) or (cu_seqlens.diff() < 0).any():
             raise ValueError(
                 f"cu_seqlens goes with packed targets (N,) and rises from 0 to N, got targets {tuple(targets.shape)} "

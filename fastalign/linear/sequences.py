@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastalign.ops import sequence_logps
+from fastalign.ops.arguments import check_boundaries
+from fastalign.ops.sequences import sums_between
 from fastalign.ops.uploads import on_device
 
 
 def count_sequences(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> int:
     """Sequences of a padded batch, or of a packed one. Raises ValueError where it is neither."""
     if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, hidden.device)
         return cu_seqlens.shape[0] - 1
     if targets.dim() != 2:
         raise ValueError(
@@ -43,8 +46,8 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums(per_token: Tensor, cu: Tensor, reduction: str = "sum") -> Tensor:
-    """`sequence_logps` between boundaries on the host."""
-    return sequence_logps(per_token, cu_seqlens=on_device(cu, per_token.device), reduction=reduction)
+    """`sequence_logps` between boundaries on the host, which `linear_loss` has made."""
+    return sums_between(per_token, None, on_device(cu, per_token.device).to(torch.int64), reduction)
 
 
 def halved_sums(per_token: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:

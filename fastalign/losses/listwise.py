@@ -241,6 +241,8 @@ def _checked(scores: Tensor, others: dict[str, Tensor | None]) -> Tensor:
     for name, values in others.items():
         if values is not None and values.requires_grad:
             raise ValueError(f"{name} requires grad, but no gradient flows there: detach it")
+        if values is not None and values.is_complex():
+            raise ValueError(f"{name}: dtype {values.dtype}, accepted are real numbers")
         if values is not None and (values.shape != scores.shape or values.device != scores.device):
             raise ValueError(
                 f"{name}: shape {tuple(values.shape)} on {values.device}, accepted is that of scores, "

@@ -19,10 +19,15 @@ def masked(
                 f"{key}: shape {tuple(value.shape)} on {value.device}, accepted is that of {name}, "
                 f"{tuple(first.shape)} on {first.device}"
             )
+        if value.is_complex():
+            raise ValueError(f"{key}: dtype {value.dtype}, accepted are real numbers")
         if key not in (name, "entropy") and value.requires_grad:
             raise ValueError(f"{key} requires grad, but no gradient flows there: detach it")
     mask = torch.ones_like(first, dtype=torch.bool) if mask is None else mask
-    if mask.shape != first.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}, accepted is bool {tuple(first.shape)}")
+    if mask.shape != first.shape or mask.dtype != torch.bool or mask.device != first.device:
+        raise ValueError(
+            f"mask: {mask.dtype} {tuple(mask.shape)} on {mask.device}, accepted is bool {tuple(first.shape)} on "
+            f"{first.device}"
+        )
     dtype = torch.promote_types(first.dtype, torch.float32)
     return {key: torch.where(mask, value.to(dtype), 0) for key, value in given.items()}, mask

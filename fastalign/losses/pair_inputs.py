@@ -85,8 +85,8 @@ def _checked_tails(options: DPOOptions, tail_logps: Sequence[Tensor] | None, sum
 
 def check_like(name: str, values: Tensor, like: Tensor) -> None:
     """Raise ValueError unless `values` has the shape and the device of `like`, which are those of chosen_logps."""
-    if values.shape != like.shape or values.device != like.device:
+    if values.shape != like.shape or values.device != like.device or values.is_complex():
         raise ValueError(
-            f"{name}: shape {tuple(values.shape)} on {values.device}, "
+            f"{name}: shape {tuple(values.shape)} of {values.dtype} on {values.device}, "
             f"accepted is that of chosen_logps, {tuple(like.shape)} on {like.device}"
         )

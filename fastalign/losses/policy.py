@@ -38,12 +38,18 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str = "k3") -> Tens
     KL. As a loss k1 has an expected gradient of zero.
 
     Raises:
-        ValueError: an unknown estimator, or shapes that differ.
+        ValueError: an unknown estimator, or shapes, devices or dtypes that do not fit.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: accepted are {', '.join(map(repr, KL_ESTIMATORS))}")
-    if logps.shape != ref_logps.shape:
-        raise ValueError(f"ref_logps: shape {tuple(ref_logps.shape)}, accepted is that of logps, {tuple(logps.shape)}")
+    if logps.shape != ref_logps.shape or logps.device != ref_logps.device:
+        raise ValueError(
+            f"ref_logps: shape {tuple(ref_logps.shape)} on {ref_logps.device}, accepted is that of logps, "
+            f"{tuple(logps.shape)} on {logps.device}"
+        )
+    for name, values in (("logps", logps), ("ref_logps", ref_logps)):
+        if not values.is_floating_point():
+            raise ValueError(f"{name}: dtype {values.dtype}, accepted are floating-point log-probs")
     return KL_ESTIMATORS[estimator](logps - ref_logps)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastalign.losses.metrics import correlation_metrics, mean_metric
 from fastalign.losses.reduction import check_reduction, reduce_losses
+from fastalign.losses.sequences import host_bounds
 from fastalign.types import LossOutput, Metric
 
 MARGIN_BUCKETS = (0.5, 1.0, 2.0, 4.0)
@@ -48,10 +49,10 @@ def bradley_terry_loss(
         raise ValueError(f"chosen_rewards: shape {tuple(chosen.shape)}, accepted is (P,), one score per response")
     given = {"rejected_rewards": rejected} | ({} if margin is None else {"margin": margin})
     for name, values in given.items():
-        if values.shape != chosen.shape or values.device != chosen.device:
+        if values.shape != chosen.shape or values.device != chosen.device or values.is_complex():
             raise ValueError(
-                f"{name}: shape {tuple(values.shape)} on {values.device}, accepted is that of chosen_rewards, "
-                f"{tuple(chosen.shape)} on {chosen.device}"
+                f"{name}: shape {tuple(values.shape)} of {values.dtype} on {values.device}, accepted is that of "
+                f"chosen_rewards, {tuple(chosen.shape)} on {chosen.device}"
             )
     difference = chosen - rejected
     losses = -F.logsigmoid(difference if margin is None else difference - margin.to(difference.dtype))
@@ -105,9 +106,9 @@ def ranking_loss(
     rewards = _floats("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}, accepted is (C,), one score per response")
-    if ranks.shape != rewards.shape or ranks.device != rewards.device:
+    if ranks.shape != rewards.shape or ranks.device != rewards.device or ranks.is_complex():
         raise ValueError(
-            f"ranks: shape {tuple(ranks.shape)} on {ranks.device}, accepted is that of rewards, "
+            f"ranks: shape {tuple(ranks.shape)} of {ranks.dtype} on {ranks.device}, accepted is that of rewards, "
             f"{tuple(rewards.shape)} on {rewards.device}"
         )
     first, second, lists = list_pairs(cu_lists, len(rewards))
@@ -150,10 +151,11 @@ def label_loss(
     if label_type not in LABEL_LOSSES:
         raise ValueError(f"label_type={label_type!r}: accepted are {', '.join(map(repr, LABEL_LOSSES))}")
     rewards = _floats("rewards", rewards)
-    if rewards.dim() != 1 or labels.shape != rewards.shape or labels.device != rewards.device:
+    fits = labels.shape == rewards.shape and labels.device == rewards.device and not labels.is_complex()
+    if rewards.dim() != 1 or not fits:
         raise ValueError(
-            f"rewards: shape {tuple(rewards.shape)} on {rewards.device}, labels: {tuple(labels.shape)} on "
-            f"{labels.device}; accepted are two of one shape (S,) on one device"
+            f"rewards: shape {tuple(rewards.shape)} on {rewards.device}, labels: {tuple(labels.shape)} of "
+            f"{labels.dtype} on {labels.device}; accepted are two of one shape (S,) on one device"
         )
     labels = labels.to(rewards.dtype)
     losses = LABEL_LOSSES[label_type](rewards, labels)
@@ -190,12 +192,7 @@ def list_pairs(cu_lists: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def list_bounds(cu_lists: Tensor, count: int) -> Tensor:
     """cu_lists (L + 1,) as int64, once it is known to be on the host and to rise from 0 to `count`, or ValueError."""
-    if cu_lists.device.type != "cpu":
-        raise ValueError(f"cu_lists must be on the host, it is on {cu_lists.device}")
-    bounds = cu_lists.to(torch.int64)
-    if bounds.dim() != 1 or len(bounds) < 1 or bounds[0] != 0 or bounds[-1] != count or (bounds.diff() < 0).any():
-        raise ValueError(f"cu_lists must rise from 0 to {count}, the number of responses; got {bounds.tolist()[:8]}")
-    return bounds
+    return host_bounds(cu_lists, count, "cu_lists", "responses")
 
 
 def _floats(name: str, values: Tensor) -> Tensor:

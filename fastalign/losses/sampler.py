@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalign.losses.masking import masked
 from fastalign.losses.sequences import Sequences
 from fastalign.types import Metric
 
@@ -59,9 +60,13 @@ def sampler_weights(
         (weights, their shape, float32 or float64, 1 outside the mask; metrics `sampler_ratio`, the mean of w,
         `sampler_capped`, how many exceed the cap, both over tokens or sequences, and `sampler_ratio/max`. A maximum
         does not add up: merged, it is the mean of the batches' maxima, weighted by tokens or sequences.)
+    Raises:
+        ValueError: shapes, dtypes, devices or boundaries that do not fit.
     """
-    dtype = torch.promote_types(torch.promote_types(old_logps.dtype, sampler_logps.dtype), torch.float32)
-    difference = torch.where(mask, old_logps.to(dtype) - sampler_logps.to(dtype), 0)
+    old_logps = old_logps.to(torch.promote_types(old_logps.dtype, sampler_logps.dtype))
+    given, mask = masked(old_logps, {"sampler_logps": sampler_logps}, mask, name="old_logps")
+    difference = given["old_logps"] - given["sampler_logps"]
+    dtype = difference.dtype
     shares, count = mask.to(dtype), mask.sum().to(dtype)
     if sampler_correction.startswith("sequence"):
         sequences = Sequences(mask, cu_seqlens, dtype=dtype)

@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 
+def host_bounds(bounds: Tensor, count: int, name: str, what: str) -> Tensor:
+    """Boundaries (n + 1,) as int64, once they are known to be on the host and to rise from 0 to `count`, or ValueError
+    that says of `what`."""
+    if bounds.device.type != "cpu":
+        raise ValueError(f"{name} must be on the host, it is on {bounds.device}")
+    if bounds.is_floating_point() or bounds.is_complex():
+        raise ValueError(f"{name} must be integers, got {bounds.dtype}")
+    rising = bounds.to(torch.int64)
+    if rising.dim() != 1 or len(rising) < 1 or rising[0] != 0 or rising[-1] != count or (rising.diff() < 0).any():
+        raise ValueError(
+            f"{name} must rise from 0 to {count}, the number of {what}; got {rising.flatten()[:8].tolist()}"
+        )
+    return rising
+
+
 class Sequences:
     """Which sequence each token belongs to, and how many tokens of it count.
 
@@ -16,10 +31,11 @@ class Sequences:
     def __init__(self, mask: Tensor, cu_seqlens: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> None:
         self.mask, self._offsets = mask, None
         if cu_seqlens is not None:
-            lengths = cu_seqlens.diff()
+            bounds = host_bounds(cu_seqlens, mask.shape[0] if mask.dim() == 1 else -1, "cu_seqlens", "tokens")
+            lengths = bounds.diff()
             index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
             self._index = index.to(mask.device, non_blocking=True)
-            self._offsets = cu_seqlens.to(device=mask.device, dtype=torch.int64, non_blocking=True)
+            self._offsets = bounds.to(device=mask.device, non_blocking=True)
         self.lengths = self.sums(mask.to(dtype))
 
     @property

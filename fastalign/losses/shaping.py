@@ -111,9 +111,12 @@ def shape_scores(
             raise ValueError(f"{name}={value}: it must be positive and finite; None leaves it out")
     if missing_eos_penalty is not None and finished is None:
         raise ValueError(f"missing_eos_penalty={missing_eos_penalty} needs finished: which completions ended")
-    if finished is not None and (finished.shape != scores.shape or finished.dtype != torch.bool):
+    if finished is not None and (
+        finished.shape != scores.shape or finished.dtype != torch.bool or finished.device != scores.device
+    ):
         raise ValueError(
-            f"finished: {finished.dtype} {tuple(finished.shape)}, accepted is bool {tuple(scores.shape)}, as scores"
+            f"finished: {finished.dtype} {tuple(finished.shape)}, accepted is bool {tuple(scores.shape)}, as scores, "
+            f"on {scores.device}; it is on {finished.device}"
         )
     shaped = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if moments is not None:

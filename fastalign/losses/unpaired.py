@@ -65,6 +65,8 @@ def response_losses(
     variant = check_response_call(kl=kl, shift=shift, **options)
     logratios = torch.sub(*_checked(logps, ref_logps, labels))
     if kl is not None:
+        if kl.device.type not in ("cpu", logps.device.type) or not kl.is_floating_point():
+            raise ValueError(f"kl: {kl.dtype} on {kl.device}, accepted is a float on {logps.device} or on the host")
         kl = kl.detach().clamp(min=0).to(logratios.dtype)
     return variant.fn(Responses(logratios, labels, kl, shift, DPOOptions(**options)))
 

@@ -2,7 +2,7 @@
 
 from fastalign.models.causal import Head, find_head, fuse_head, has_router_loss, unfuse_head
 from fastalign.models.layouts import TOKEN_LAYOUTS, TokenLayout, plan_layout, run_layout
-from fastalign.models.loading import disable_dropout, load_causal_lm, upcast_trainable
+from fastalign.models.loading import check_source, disable_dropout, load_causal_lm, upcast_trainable
 from fastalign.models.packing import disable_segments, enable_segments
 from fastalign.models.padding import separate_pad_token
 from fastalign.models.rewards import (
@@ -26,6 +26,7 @@ __all__ = [
     "RewardNormalization",
     "Segments",
     "TokenLayout",
+    "check_source",
     "disable_dropout",
     "disable_segments",
     "enable_segments",

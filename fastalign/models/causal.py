@@ -50,7 +50,8 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
         evaluation mode, no random numbers drawn).
 
     Raises ValueError, naming the model's class: the head is not one linear layer, its numbers differ from the model's
-    own logits (an operation between backbone and logits that is unknown here), or the weights are on the meta device.
+    own logits (an operation between backbone and logits that is unknown here), these are not finite, or the weights are
+    on the meta device.
     """
     base = base_causal_lm(model)
     if is_fused(base):
@@ -119,6 +120,12 @@ def verify_head(model: nn.Module) -> None:
             hidden, own = _own_logits(base, input_ids, factor)
             hidden, head = attach_head(model, hidden)
             ours = _reference_logits(hidden, head)
+            if not own.isfinite().all():
+                if factor != 1.0:  # amplified beyond what float16 holds
+                    break
+                raise ValueError(
+                    f"{name} has logits that are nan or infinite on a few tokens: its weights are no numbers to train"
+                )
             # 16-bit models round their logits, TF32 products their inputs; a missing operation differs by far more
             tolerance = (2e-3 if own.dtype == torch.float32 else 3e-2) * own.float().abs().max() + 1e-6
             if own.shape != ours.shape or not torch.allclose(own.float(), ours, rtol=0.0, atol=float(tolerance)):

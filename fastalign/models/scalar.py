@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fastalign.models.inference import evaluating
+from fastalign.models.loading import check_source, short_refusal
 from fastalign.models.sharding import call_within
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,18 @@ def load_scalar_model(
     dtype: float32 by default; "auto" is the checkpoint's own (right for a frozen model). generator: random numbers for
         a new head; torch's default generator if None, so `set_seed` decides. kwargs go to `from_pretrained`.
 
-    Raises ValueError for a checkpoint that has a head of more than one label, or lacks weights of the backbone.
+    Raises ValueError where there is no model, and for a checkpoint that has a head of more than one label or lacks
+    weights of the backbone.
     """
     name = str(name_or_path)
+    check_source(name)
     one_label = {"num_labels": 1, "problem_type": "regression"}
     if (config := kwargs.pop("config", None)) is not None:  # with a config, from_pretrained takes no settings of one
         kwargs["config"] = config = copy.deepcopy(config)
         for setting, value in one_label.items():
             setattr(config, setting, value)
         one_label = {}
-    with _load_report_silenced():
+    with _load_report_silenced(), short_refusal(name):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **one_label, **kwargs
         )  # fmt: skip
@@ -281,6 +284,13 @@ def verify_scalar_head(model: nn.Module) -> None:
                 ours = base(input_ids=ids, rows=rows)
                 own = [base(input_ids=ids[b : b + 1, :length]).logits for b, length in enumerate(lengths)]
             theirs = torch.cat(own).float().squeeze(-1).to(ours.device)
+            if not theirs.isfinite().all():
+                if factor != 1.0:  # amplified beyond what float16 holds
+                    break
+                raise ValueError(
+                    f"{type(base).__name__} has scores that are nan or infinite on a few tokens: its weights are no "
+                    "numbers to train"
+                )
             narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in base.parameters())
             tolerance = (3e-2 if narrow else 2e-3) * float(theirs.abs().max()) + 1e-6 * factor
             if theirs.shape != ours.shape or not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastalign.ops import backends
 from fastalign.ops.sequence_ops import gae_op
 
 
@@ -84,12 +85,26 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, estimator: str = "group
         rewards: (S,) float. groups: (S,) int64, prompt of each response, numbered from 0.
     Returns:
         (S,). A response without company gets 0.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown estimator; a group outside 0 … S − 1, on the
+            CPU or under FASTALIGN_CHECK_TARGETS=1.
     """
     if estimator not in ("group", "rloo"):
         raise ValueError(f"estimator={estimator!r}: accepted are 'group', 'rloo'")
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be (S,)")
+    if not rewards.is_floating_point() or groups.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"rewards must be float and groups int64, got {rewards.dtype} and {groups.dtype}")
+    if groups.device != rewards.device:
+        raise ValueError(f"groups must be on {rewards.device} as rewards are, got {groups.device}")
     size = max(len(groups), 1)  # numbers run from 0, so there are no more groups than responses
+    if (groups.device.type == "cpu" or backends.checks_targets()) and not torch.compiler.is_compiling():
+        outside = ((groups < 0) | (groups >= size)).nonzero()[:, 0]
+        if len(outside):
+            at = int(outside[0])
+            raise ValueError(
+                f"groups[{at}] = {int(groups[at])} is out of range: {size} responses have prompts 0 to {size - 1}"
+            )
     zeros = rewards.new_zeros(size)
     count = zeros.index_add(0, groups, torch.ones_like(rewards))[groups]
     centered = rewards - (zeros.index_add(0, groups, rewards)[groups] / count)
@@ -104,6 +119,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, estimator: str = "group
 def _check(first: Tensor, mask: Tensor, *others: Tensor) -> None:
     if first.dim() != 2 or not first.is_floating_point():
         raise ValueError(f"accepted are float tensors (B, T), got {first.dtype} {tuple(first.shape)}")
+    for other in others:
+        if not other.is_floating_point():
+            raise ValueError(f"accepted are float tensors (B, T), got {other.dtype}")
     for other in (mask, *others):
         if other.shape != first.shape or other.device != first.device:
             raise ValueError(

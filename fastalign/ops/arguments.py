@@ -48,8 +48,12 @@ def check_head(
         raise ValueError(
             f"bias must be ({weight.shape[0]},) to fit weight {tuple(weight.shape)}, got {tuple(bias.shape)}"
         )
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias must be floating-point, got {bias.dtype}")
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows must be (n,) int64, got shape {tuple(rows.shape)} {rows.dtype}")
+    if rows is not None and rows.device.type not in ("cpu", hidden.device.type):
+        raise ValueError(f"rows must be on the host or on {hidden.device}, where hidden is, they are on {rows.device}")
     for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; they must share a device")
@@ -66,6 +70,14 @@ def check_head(
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
     return hidden, weight, bias
+
+
+def check_boundaries(cu_seqlens: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless cu_seqlens is (n + 1,) integers, on the host or on a device like `device`."""
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
+        raise ValueError(f"cu_seqlens must be (B + 1,) integers, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type not in ("cpu", device.type):
+        raise ValueError(f"cu_seqlens must be on the host or on {device}, it is on {cu_seqlens.device}")
 
 
 def check_accumulator(into: Tensor, weight: Tensor, needed: bool, schedule: str) -> None:
@@ -98,10 +110,12 @@ def check_accumulator(into: Tensor, weight: Tensor, needed: bool, schedule: str)
 def row_spec(
     temperature: float, logit_scale: float, softcap: float | None, entropy: bool, top1: bool, sum_sq: bool, mean: bool
 ) -> R.RowSpec:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     return R.RowSpec.make(
         temperature=float(temperature), logit_scale=float(logit_scale),
         softcap=None if softcap is None else float(softcap), entropy=entropy, top1=top1, sum_sq=sum_sq,

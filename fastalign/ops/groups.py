@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalign.ops.arguments import scored_rows
+from fastalign.ops.arguments import check_boundaries, scored_rows
 from fastalign.ops.uploads import on_device
 from fastalign.types import LinearLogps
 
@@ -199,14 +199,9 @@ def _boundaries(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor | None, by_t
         return np.arange(targets.shape[0] + 1) * targets.shape[1]
     if targets.dim() != 1:
         raise ValueError(f"cu_seqlens goes with packed hidden (N, H), got hidden {tuple(hidden.shape)}")
+    check_boundaries(cu_seqlens, hidden.device)
     bounds = cu_seqlens.cpu().numpy()
-    if (
-        bounds.ndim != 1
-        or len(bounds) < 1
-        or bounds[0] != 0
-        or bounds[-1] != targets.numel()
-        or (np.diff(bounds) < 0).any()
-    ):
+    if bounds[0] != 0 or bounds[-1] != targets.numel() or (np.diff(bounds.astype(np.int64)) < 0).any():
         raise ValueError(
             f"cu_seqlens must rise from 0 to N = {targets.numel()}, got "
             f"{bounds.tolist()[:8]}{' …' if len(bounds) > 8 else ''}"
@@ -233,6 +228,11 @@ def _inputs(
     flat: dict[str, Tensor] = {}
     per_token: set[str] = set()
     for name, tensor in inputs.items():
+        if tensor.device.type not in ("cpu", targets.device.type) or tensor.is_complex():
+            raise ValueError(
+                f"inputs[{name!r}] is {tensor.dtype} on {tensor.device}, accepted are real numbers on "
+                f"{targets.device} or on the host"
+            )
         if tensor.requires_grad:
             raise ValueError(
                 f"inputs[{name!r}] requires grad, but a streamed loss gives gradients to the head only; detach it"

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastalign.models.batches import plan_scoring
 from fastalign.reference.batches import PromptNotes
-from fastalign.reference.errors import DamagedFileError
+from fastalign.reference.errors import DamagedFileError, UnscorableError
 from fastalign.reference.index import KeyIndex, first_occurrences
 from fastalign.reference.progress import track
 from fastalign.reference.sequences import Scorer, TokenSequence, sequence_keys
@@ -139,9 +139,10 @@ class _Build:
             )
         if not np.isfinite(logps).all():
             token = int(np.flatnonzero(~np.isfinite(logps))[0])
-            raise ValueError(
-                f"sequence {position}: the reference's log-prob of completion token {token} is {logps[token]}: the "
-                "model overflows, or gives that token no probability at all"
+            raise UnscorableError(
+                position,
+                f"the reference's log-prob of completion token {token} is {logps[token]}: the model overflows, "
+                "or gives that token no probability at all",
             )
         self.computed += 1
         self.tokens += len(logps)

@@ -24,3 +24,11 @@ class MissingLogpsError(CacheError):
     def __init__(self, message: str, indices: list[int]) -> None:
         super().__init__(message)
         self.indices = indices
+
+
+class UnscorableError(ValueError):
+    """A sequence whose log-probs are no numbers. `index`: its position in the call."""
+
+    def __init__(self, index: int, what: str) -> None:
+        super().__init__(f"sequence {index}: {what}")
+        self.index, self.what = index, what

@@ -136,5 +136,5 @@ class Shard:
         """Read everything. Raises DamagedFileError naming the first damaged row, or the log-probs as a whole."""
         for index, key in enumerate(self.read_keys()):
             self.row(index, key.tobytes())
-        if sha256(self._file.get_tensor("logps").data.cast("B")) != self.metadata["logps_sha256"]:
+        if sha256(self._file.get_tensor("logps").data.cast("B")) != self.metadata.get("logps_sha256"):
             raise DamagedFileError(self.path, "the checksum of its log-probs does not fit")

@@ -81,13 +81,16 @@ class SampledLogps(LogitsProcessor):
 
     def __init__(self) -> None:
         self._scores: Tensor | None = None
+        self._lse = torch.empty(0)
         self._logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._scores is not None:
             self._take(self._scores, input_ids[:, -1])
-        self._scores = scores
-        return scores
+        self._scores, self._lse = scores, scores.logsumexp(dim=1)
+        # A distribution that is none (a weight or an activation is nan) would end the process's use of a GPU where the
+        # token is drawn: any token is drawn instead, and its log-prob is nan, which no step of training gets past.
+        return scores.masked_fill_(~self._lse.isfinite()[:, None], 0.0)
 
     def finish(self, generated: Tensor) -> Tensor:
         """(B, L) float32 for the generated tokens (B, L)."""
@@ -97,7 +100,8 @@ class SampledLogps(LogitsProcessor):
         return torch.stack(self._logps[: generated.shape[1]], dim=1)  # mps samples one step more than it keeps
 
     def _take(self, scores: Tensor, tokens: Tensor) -> None:
-        self._logps.append(scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=1))
+        logps = scores.gather(1, tokens[:, None])[:, 0] - self._lse
+        self._logps.append(torch.where(self._lse.isfinite(), logps, torch.nan))
 
 
 def processors(

@@ -41,6 +41,7 @@ from fastalign.trainers.log_probs import batch_logps, sequence_sums
 from fastalign.trainers.reference import list_lengths, sample_indices
 from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.self_check import check_start
+from fastalign.trainers.vocabulary import check_token_ids
 from fastalign.types import LossOutput
 
 
@@ -114,6 +115,7 @@ class DPOTrainer(FusedTrainer):
         set_seed(args.seed)  # a new adapter is initialised at random
         self._reference = reference_of(args, splits, ref_model, quantization_config, peft_config is not None)
         policy = load_model(model, args, peft_config, quantization_config)
+        check_token_ids(policy, self._examples.tokenizer, *splits)
         if args.disable_dropout:
             disable_dropout(policy)
         self._reference.adopt(policy, new_adapter=peft_config is not None)

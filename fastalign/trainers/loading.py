@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastalign.models import has_router_loss, load_causal_lm, upcast_trainable
+from fastalign.models import check_source, has_router_loss, load_causal_lm, upcast_trainable
 from fastalign.models.head import base_causal_lm
 from fastalign.reference import ReferenceModel
 from fastalign.trainers.config import TrainerConfig
@@ -35,6 +35,8 @@ def checked_arguments(
         raise ValueError("ref_model is the model that trains; leave ref_model out for the policy as it is now")
     if ref_model is not None and args.ref_model_name_or_path is not None:
         raise ValueError("ref_model and args.ref_model_name_or_path name two references; give one of them")
+    if args.ref_model_name_or_path is not None:
+        check_source(args.ref_model_name_or_path, "ref_model_name_or_path")
     return source, args
 
 
@@ -43,14 +45,17 @@ def checked_model(
 ) -> tuple[str | nn.Module, Config]:
     """The model and config of a trainer; without a config the default one, with a folder named after the model.
 
-    ValueError: compute_metrics, no model, or a model or config of another type.
+    ValueError: compute_metrics, no model, no model where its name says, or a model or config of another type.
     """
     if compute_metrics is not None:
         raise ValueError("compute_metrics is not supported: no logits exist to compute metrics from")
+    setting = "model"
     if model is None:
-        model = args.model_name_or_path if args is not None else None
+        setting, model = "model_name_or_path", args.model_name_or_path if args is not None else None
         if model is None:
             raise ValueError("no model: give model, or args.model_name_or_path")
+    if isinstance(model, str):
+        check_source(model, setting)
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model must be a name or a model, got {type(model).__name__}")
     if args is None:
@@ -78,6 +83,7 @@ def load_tokenizer(processing_class: Any, model: str | nn.Module, args: TrainerC
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
         if not name:
             raise ValueError("processing_class is missing and the model does not say where it was loaded from")
+        check_source(name)
         if not (Path(name) / "tokenizer_config.json").is_file() and (base := adapter_base(name)):
             name = base
         revision = loading_arguments(args).get("revision")

@@ -32,6 +32,7 @@ from fastalign.trainers.ppo_models import (
 from fastalign.trainers.ppo_passes import PassesTrainer
 from fastalign.trainers.ppo_rollout import Collector, PromptBatch, PromptSet
 from fastalign.trainers.ppo_state import PPOState
+from fastalign.trainers.vocabulary import check_token_ids
 from fastalign.types import Metric
 
 _EVALUATION = 2**31  # beside the number of a phase in the seed of a rollout
@@ -101,6 +102,9 @@ class PPOTrainer(PassesTrainer):
             raise ValueError("no data: give train_dataset, or args.dataset_name")
         set_seed(args.seed)  # a new adapter and a new head are initialised at random
         policy, start = build_policy(source, args, quantization_config, peft_config)
+        check_token_ids(
+            policy, tokenizer, *(part.dataset for part in (train, *evaluation.values()) if part is not None)
+        )
         reference = build_reference(ref_model, args, source, start, quantization_config)
         rewards, reward_models = build_rewards(reward_model, args, tokenizer, reward_processing_class)
         both = build_actor_critic(policy, source, value_model, args, reward_models)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastalign.data import CompletionCollator, DataReport, prepare_prompts
-from fastalign.models import disable_dropout, load_causal_lm, load_scalar_model, upcast_trainable
+from fastalign.models import check_source, disable_dropout, load_causal_lm, load_scalar_model, upcast_trainable
 from fastalign.models.actor_critic import ActorCritic, scalar_model_from, whole_model
 from fastalign.models.head import base_causal_lm
 from fastalign.models.rewards import set_reward_normalization
@@ -303,4 +303,6 @@ def policy_source(model: str | nn.Module | None, args: PPOConfig) -> str | nn.Mo
         raise ValueError("no model: give model, or args.model_name_or_path")
     if not isinstance(source, str | nn.Module):
         raise ValueError(f"model must be a name or a model, got {type(source).__name__}")
+    if isinstance(source, str):
+        check_source(source, "model_name_or_path" if model is None else "model")
     return source

@@ -42,6 +42,7 @@ from fastalign.trainers.pro_examples import (
 )
 from fastalign.trainers.reference import RESPONSES, compare_logps, sample_indices
 from fastalign.trainers.router import with_router_loss
+from fastalign.trainers.vocabulary import check_token_ids
 from fastalign.types import LossOutput
 
 
@@ -105,6 +106,7 @@ class PROTrainer(FusedTrainer):
         set_seed(args.seed)  # a new adapter is initialised at random
         self._reference = _reference_of(args, splits, model, ref_model, quantization_config, peft_config is not None)
         policy = load_model(model, args, peft_config, quantization_config)
+        check_token_ids(policy, self._examples.tokenizer, *splits)
         if args.disable_dropout:
             disable_dropout(policy)
         if self._reference is not None:

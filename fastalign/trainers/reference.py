@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from fastalign.reference import PreferenceSequences, ReferenceCache, ReferenceModel, TokenSequence
+from fastalign.reference.errors import UnscorableError
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,13 @@ def build_cache(
     examples = _Chained(datasets)
     share = layout.sequences(_Strided(examples, state.process_index, state.num_processes))
     progress = progress and state.is_local_main_process
-    cache = ReferenceCache.build(cache_dir, reference, share, batch_tokens=batch_tokens, progress=progress)
+    try:
+        cache = ReferenceCache.build(cache_dir, reference, share, batch_tokens=batch_tokens, progress=progress)
+    except UnscorableError as error:
+        number, side = divmod(error.index, len(layout.scored))
+        number = state.process_index + number * state.num_processes
+        row = examples[number].get("row", number)
+        raise ValueError(f"{list(layout.scored)[side]} of row {row} of the data set: {error.what}") from error
     report = cache.report
     if report is not None:
         logger.info("reference log-probs: %d found in %s, %d computed", report.cached, cache_dir, report.computed)

@@ -41,6 +41,7 @@ from fastalign.trainers.loading import (
 from fastalign.trainers.reward_config import RewardConfig
 from fastalign.trainers.reward_examples import TOKENISED_COLUMNS, RewardExamples
 from fastalign.trainers.reward_loss import RewardMeter, reward_loss
+from fastalign.trainers.vocabulary import check_token_ids
 from fastalign.types import LossOutput
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class RewardTrainer(FusedTrainer):
         prepare_checkpointing(scalar, args)
         tokenizer = self._examples.tokenizer
         self._examples.use_pad_token(separate_pad_token(scalar, tokenizer))
+        check_token_ids(scalar, tokenizer, train, *evaluation.values())
 
         super().__init__(
             model=scalar,

@@ -19,7 +19,9 @@ from fastalign.data import (
     prepare_lists,
     prepare_preferences,
 )
+from fastalign.data.report import BadRow, Reason
 from fastalign.data.reward_collator import example_kind
+from fastalign.data.rows import Unreadable
 from fastalign.trainers.examples import Examples, padding_id, row_options
 from fastalign.trainers.reference import list_lengths
 from fastalign.trainers.reward_config import RewardConfig
@@ -113,10 +115,19 @@ class RewardExamples(Examples):
 
 
 def rows_kind(dataset: Any, options: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """What the first rows hold: "pairs", "lists", "labels" or None; and the columns of numbers beside pairs."""
+    """What the first rows hold: "pairs", "lists", "labels" or None; and the columns of numbers beside pairs.
+
+    ValueError: there are no rows, or none of the first can be read.
+    """
     limit = min(_INSPECTED_ROWS, options.get("max_samples") or _INSPECTED_ROWS)
     source = load_rows(dataset, **(options | {"max_samples": limit}))
-    rows = [row for row in source.read(source.start, source.stop) if isinstance(row, dict)]
+    first = source.read(source.start, source.stop)
+    if not first:
+        raise ValueError(f"no row is left to train on: {source.name} has no rows")
+    if isinstance(first[0], Unreadable) and all(isinstance(row, Unreadable) for row in first):
+        bad = BadRow(source.start, Reason.UNREADABLE, first[0].detail)
+        raise ValueError(f"none of the first rows of {source.name} can be read; {bad}")
+    rows = [row for row in first if isinstance(row, dict)]
     seen = [{key for key, value in row.items() if value is not None} for row in rows]
     for kind, columns in (("pairs", {"chosen", "rejected"}), ("lists", {"completions"}), ("labels", {"label"})):
         if any(columns <= keys for keys in seen):

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, Trainer
 
+from fastalign.models import check_source
 from fastalign.models.attention import PREFIX
 from fastalign.models.head import base_causal_lm
 from fastalign.planning import ModelSettings, OptimizerSettings
@@ -63,6 +64,7 @@ def checkpoint_dtype(config: PretrainedConfig) -> torch.dtype:
 def named_config(args: TrainerConfig, name: str) -> tuple[PretrainedConfig, PeftConfig | None]:
     """The config.json of a model by name or folder, and the adapter that is saved there instead of a model."""
     arguments = loading_arguments(args)
+    check_source(name)
     base = adapter_base(name)
     config = AutoConfig.from_pretrained(
         base or name, revision=arguments.get("revision"), trust_remote_code=args.trust_remote_code

@@ -30,6 +30,7 @@ from fastalign.trainers.loading import (
 from fastalign.trainers.router import with_router_loss
 from fastalign.trainers.sft_config import SFTConfig
 from fastalign.trainers.sft_data import COLUMNS, FormattingFunc, completion_examples, packed, prepare_tokenizer
+from fastalign.trainers.vocabulary import check_token_ids
 from fastalign.types import LossOutput
 
 
@@ -99,6 +100,7 @@ class SFTTrainer(FusedTrainer):
 
         set_seed(args.seed)  # a new adapter is initialised at random
         policy = load_model(model, args, peft_config, quantization_config)
+        check_token_ids(policy, tokenizer, train, *evaluation.values())
         if args.disable_dropout:
             disable_dropout(policy)
         if peft_config is not None:

@@ -39,7 +39,7 @@ class ExampleTokens(NamedTuple):
 def example_tokens(dataset: Dataset) -> ExampleTokens:
     """Of tokenised examples of any trainer, without reading the ids. ValueError: no columns of such."""
     names = dataset.column_names
-    table = dataset.select_columns([name for name in _ID_COLUMNS if name in names]).with_format("arrow")[:]
+    table = dataset.select_columns([name for name in ID_COLUMNS if name in names]).with_format("arrow")[:]
     none, one = np.zeros(len(dataset), np.int64), np.ones(len(dataset), np.int64)
     if "input_ids" in names:
         lengths = _list_lengths(table["input_ids"])
@@ -60,7 +60,7 @@ def example_tokens(dataset: Dataset) -> ExampleTokens:
     return ExampleTokens(count, prompt + longest, count * prompt + total, prompt)
 
 
-_ID_COLUMNS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "response_ids", "completion_ids")
+ID_COLUMNS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "response_ids", "completion_ids")
 
 
 def _list_lengths(column: Any) -> np.ndarray:

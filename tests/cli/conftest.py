@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was():
+    """A command says how much is logged from then on; tests that run after these count on silence."""
+    logger = logging.getLogger("fastalign")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

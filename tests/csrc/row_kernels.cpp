@@ -51,6 +51,7 @@ static void check(const char* isa, int64_t n, int64_t v, int64_t stride, bool so
   for (auto& x : bias) x = (std::rand() % 2000 - 1000) / 500.0f;
   std::vector<int64_t> targets(n), argmax(n);
   for (auto& t : targets) t = 100 + std::rand() % (v + 2) - 1;  // some outside the slab
+  targets[0] = n % 2 ? INT64_MIN : INT64_MAX;  // as far as a target can be
   Logits logits{softcap ? 0.2f : 1.3f, 5.0f, softcap, with_bias ? bias.data() : nullptr};
   for (int threads : {1, 3}) {
     auto& state = values[threads == 3];

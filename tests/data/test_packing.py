@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalign.data.packing import PACKING_STRATEGIES, best_fit_decreasing, pack
+from fastalign.data.packing import PACKING_STRATEGIES, _Lists, _pieces, best_fit_decreasing, pack
 
 lengths = st.lists(st.integers(1, 20), max_size=60)
 
@@ -104,3 +105,26 @@ def test_refusals():
         pack(sequences([3]), 8, "wrapped")
     with pytest.raises(ValueError, match="max_length must be at least 2"):
         pack(sequences([3]), 1)
+
+
+def test_more_tokens_than_32_bits_count():
+    """Chunks that together have more than 2^31 tokens: their memory is never written, so there is none."""
+    values = pyarrow.array(np.zeros(2**29, np.int32))
+    chunk = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2**29 - 3, 2**29], pyarrow.int32()), values)
+    lists = _Lists(pyarrow.chunked_array([chunk] * 5))
+    assert lists.lengths.sum() == 5 * 2**29 > 2**31
+    assert lists.lengths.tolist() == [2**29 - 3, 3] * 5
+    assert lists.part(9, 1, 2).tolist() == [0, 0]
+    sequences, firsts, lengths = _pieces(lists.lengths, 2**28)
+    assert lengths.sum() == 5 * 2**29
+    assert sequences.tolist() == [n for n in range(10) for _ in range(2 - n % 2)]
+    assert (firsts + lengths <= lists.lengths[sequences]).all()
+
+
+def test_chunks_are_packed_as_one():
+    """However the rows lie in memory, slices of larger chunks included."""
+    whole = sequences([5, 3, 9, 2, 7, 4, 8])
+    apart = concatenate_datasets([whole.select(range(a, b)) for a, b in ((0, 2), (2, 3), (3, 7))])
+    assert len(apart.data.column("input_ids").chunks) > 1
+    assert pack(apart, 10)[:] == pack(whole, 10)[:]
+    assert pack(apart, 4, "bfd_split")[:] == pack(whole, 4, "bfd_split")[:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow
 import pytest
 
@@ -65,3 +66,16 @@ def test_refusals():
         _prepare([1], on_bad_row="ignore")
     with pytest.raises(ValueError, match="belong to load_rows"):
         open_rows(RowSource.of([1], "numbers"), split="train")
+
+
+def test_more_values_than_a_conversion_can_have_are_counted_and_named():
+    """2^31 zeros that are never written take no memory."""
+    values = pyarrow.array(np.zeros(2**29, np.int32))
+    part = pyarrow.ListArray.from_arrays(pyarrow.array([0, 5, 2**29], pyarrow.int32()), values)
+    preparation.check_countable(pyarrow.table({"small": pyarrow.chunked_array([part] * 3)}), "small")
+    with pytest.raises(ValueError, match="large holds 2147483648 values, 2147483647 are accepted where"):
+        preparation.check_countable(pyarrow.table({"large": pyarrow.chunked_array([part] * 4)}), "large")
+    outer = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), part)
+    with pytest.raises(ValueError, match="nested holds 2147483648 values"):
+        preparation.check_countable(pyarrow.table({"nested": pyarrow.chunked_array([outer] * 4)}), "nested")
+    preparation.check_countable(pyarrow.table({"none": pyarrow.chunked_array([outer])[:0]}), "none")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ SPECIAL = ["<s>", "</s>", "<pad>"]
 Fuzz = Callable[..., None]
 
 
-def refusal(check: Callable[..., Any], *values: Any) -> ValueError | None:
+def refusal_of(check: Callable[..., Any], *values: Any) -> ValueError | None:
     """The ValueError that `check` refused its input with. Python's own UnicodeError names neither file nor row."""
     try:
         check(*values)
@@ -26,6 +27,20 @@ def refusal(check: Callable[..., Any], *values: Any) -> ValueError | None:
     except ValueError as error:
         return error
     return None
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A command says how much is logged from then on; tests that run after these count on silence."""
+    logger = logging.getLogger("fastalign")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[..., ValueError | None]:
+    return refusal_of
 
 
 @pytest.fixture(params=["quick", pytest.param("long", marks=pytest.mark.long)])
@@ -40,7 +55,7 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
         )  # fmt: skip
         @given(st.tuples(*strategies))
         def target(values: tuple[Any, ...]) -> None:
-            if (error := refusal(check, *values)) is not None:
+            if (error := refusal_of(check, *values)) is not None:
                 assert 0 < len(str(error).strip()) < 10_000
 
         target()

@@ -126,3 +126,11 @@ def test_arguments_that_do_not_fit(fuzz):
 def test_rows_start_without_a_target():
     state = R.RowState.start(3, R.RowSpec(), torch.device("cpu"))
     assert state.values[R.TARGET].isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["temperature", "softcap", "logit_scale"])
+def test_scales_that_would_make_every_log_prob_nan(name, value):
+    hidden, weight, targets = torch.randn(4, 3), torch.randn(11, 3), torch.arange(4)
+    with pytest.raises(ValueError, match=f"{name} must be .*finite"):
+        linear_logps(hidden, weight, targets, **{name: value})

@@ -97,3 +97,15 @@ def test_compiles_without_a_graph_break():
 def test_bad_arguments_are_named(message, arguments):
     with pytest.raises(ValueError, match=message):
         sequence_logps(torch.zeros(2, 3), **arguments)
+
+
+@pytest.mark.parametrize("cu", [[0, 2, 9], [0, 2**62], [3, -(2**63), 5], [0, 4, 2, 5], [-7, 5]])
+def test_boundaries_are_no_addresses_even_where_nobody_looks(monkeypatch, backend, cu):
+    """As on an accelerator, where looking would wait for it: sums of something, of these tokens and no others."""
+    values, cu_seqlens = torch.full((5,), 2.0, requires_grad=True), torch.tensor(cu)
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to N = 5, got \["):
+        sequence_logps(values, cu_seqlens=cu_seqlens, backend=backend)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    sums = sequence_logps(values, cu_seqlens=cu_seqlens, backend=backend)
+    assert sums.shape == (len(cu) - 1,)
+    assert set(sums.tolist()) <= {2.0 * n for n in range(6)}

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from fastalign.rollouts import SamplingOptions, TransformersSampler
 from fastalign.rollouts import transformers_sampler as module
-from fastalign.rollouts.generation import ignored_settings
+from fastalign.rollouts.generation import SampledLogps, ignored_settings
 
 SPECIAL = (0, [2])
 
@@ -148,3 +148,18 @@ def test_how_tokens_are_computed_is_taken_over(tiny_model, make_prompts, check_l
     assert set(seen) == {"StaticCache"}
     assert [completion.ids for completion in completions] == [completion.ids for completion in expected]
     check_logps(model, prompts, completions)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_distribution_that_is_none_is_drawn_from_all_the_same(bad):
+    """A draw from it would end the process's use of a GPU; the token's log-prob says that it was none."""
+    recorder, scores = SampledLogps(), torch.randn(3, 5)
+    scores[1] = bad
+    scores[1, 2] = torch.nan if bad is torch.nan else bad
+    given = recorder(torch.zeros(3, 1, dtype=torch.int64), scores.clone())
+    assert given.softmax(dim=1).isfinite().all()
+    assert torch.equal(given[[0, 2]], scores[[0, 2]])
+    tokens = torch.multinomial(given.softmax(dim=1), 1)
+    logps = recorder.finish(tokens)[:, 0]
+    assert logps.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(logps[0], scores[0].log_softmax(0)[tokens[0, 0]])

@@ -265,3 +265,15 @@ def test_what_does_not_go_with_a_budget(kit, settings, message):
 def test_ppo_has_no_budget_of_tokens(kit):
     with pytest.raises(ValueError, match="max_tokens_per_batch=99 is not supported"):
         kit.ppo_config(max_tokens_per_batch=99)
+
+
+def test_data_sets_of_more_tokens_than_32_bits_count():
+    longest = np.full(5000, 2**20)
+    longest[::7] //= 3
+    tokens = ExampleTokens(np.full(5000, 2), longest, 2 * longest, np.zeros(5000, np.int64))
+    assert int(tokens.total.sum()) > 2**33
+    for layout in ("padded", "packed", "shared"):
+        batches = TokenBatches(tokens, 2**33, layout, seed=0, stride=2, num_processes=2)
+        taken = np.concatenate(batches.epoch_batches(0))
+        assert sorted(set(taken.tolist())) == list(range(5000))
+        assert all(int(tokens.computed(layout)[batch].sum()) <= 2**33 for batch in batches.epoch_batches(0))

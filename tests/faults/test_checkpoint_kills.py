@@ -21,15 +21,15 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 class Run:
     """Processes that train in one folder, one after the other."""
 
-    def __init__(self, forks, folder: Path, max_steps: int) -> None:
-        self.forks, self.folder, self.max_steps = forks, folder, max_steps
+    def __init__(self, forks, folder: Path, max_steps: int, loader_workers: int = 0) -> None:
+        self.forks, self.folder, self.max_steps, self.loader_workers = forks, folder, max_steps, loader_workers
         folder.mkdir()
         self.out, self.result, self.errors = folder / "out", folder / "result.safetensors", folder / "errors"
 
     def start(self):
         names = {
             "output_dir": str(self.out), "result_path": str(self.result), "errors_path": str(self.errors),
-            "max_steps": self.max_steps, "resume": True,
+            "max_steps": self.max_steps, "resume": True, "loader_workers": self.loader_workers,
         }  # fmt: skip
         process = self.forks.Process(target=runpy.run_path, args=(str(WORKER),), kwargs={"init_globals": names})
         process.start()
@@ -100,16 +100,37 @@ def test_killed_a_hundred_times_while_it_saves(forks, tmp_path, tally):
     assert found["saving"] >= 30
 
 
-def test_sigterm_saves_and_exits_with_143(forks, tmp_path, tally):
-    run = Run(forks, tmp_path / "terminated", max_steps=400)
+@pytest.mark.parametrize(
+    ("workers", "number", "status"),
+    [(0, signal.SIGTERM, 143), (2, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
+    ids=["SIGTERM", "SIGTERM to a group", "Ctrl-C to a group"],
+)  # fmt: skip
+def test_what_is_told_to_stop_saves_and_exits(forks, tmp_path, tally, workers, number, status):
+    """Terminals and launchers tell a whole group: the run, and the workers of its data loader."""
+    run = Run(forks, tmp_path / "told", max_steps=400, loader_workers=workers)
     process = run.start()
     wait_for(lambda: run.step() >= 2, process)
-    os.kill(process.pid, signal.SIGTERM)
-    assert run.wait(process) == 143, run.errors.read_text()[-3000:]
+    (os.killpg if workers else os.kill)(process.pid, number)
+    assert run.wait(process) == status, run.errors.read_text()[-3000:]
     tally["kills survived"] += 1
-    assert "SIGTERM: stopping after this step and its checkpoint" in run.errors.read_text()
+    said = run.errors.read_text()
+    assert said.count("stopping after this step and its checkpoint") == 1
+    assert "Traceback" not in said
     assert not run.result.exists()
     assert 2 <= run.step() < 400
     assert not (run.out / UNFINISHED).exists()
     for folder in checkpoints(run.out):
         check(folder)
+    if workers:
+        deadline = time.monotonic() + 20
+        while not is_gone(process.pid):
+            assert time.monotonic() < deadline, "a worker goes on alone"
+            time.sleep(0.01)
+
+
+def is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,41 +73,85 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch():
-    """launch(script, *arguments, processes=2): a script in so many processes at once, as torchrun starts them."""
-    return launch_processes
+def forks() -> ForkServerContext:
+    """Processes that start in milliseconds: their server has imported the trainers, and runs nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastalign.trainers", "fastalign.cli.dpo"])
+    warm = context.Process(target=exec, args=("import fastalign.trainers", {}))
+    warm.start()
+    warm.join()
+    assert warm.exitcode == 0
+    return context
 
 
-def launch_processes(script: Path, *arguments: object, processes: int = 2, timeout: float = 300) -> None:
-    """One core each. Whatever fails or hangs ends all of them; the error is what the first one to fail wrote last."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, str(script), *map(str, arguments)]
-    with contextlib.ExitStack() as stack:
-        # files, not pipes: a full pipe would stop a process while another one is waited for
-        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
-        workers = [
-            subprocess.Popen(
-                command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL, stderr=errors[r]
-            )
-            for r in range(processes)
-        ]
-        stack.callback(lambda: [worker.kill() for worker in workers])
+@pytest.fixture(scope="session")
+def launch(forks):
+    """launch(script, *arguments, processes=2): a script in so many processes at once, as torchrun starts them.
+
+    Returns what each wrote to stdout. folder: that they work in; environment: variables beside this process's.
+    """
+
+    def launch(script: Path, *arguments: object, **given: Any) -> list[str]:
+        return Processes(forks, script, *arguments, **given).wait()
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def start(forks):
+    """start(script, *arguments, processes=2): as `launch`, but what it returns has to be waited for: .wait()."""
+    return functools.partial(Processes, forks)
+
+
+class Processes:
+    """A script in several processes, one core each. `wait`: whatever fails or hangs ends all of them."""
+
+    def __init__(
+        self, forks: ForkServerContext, script: Path, *arguments: object, processes: int = 2,
+        folder: Path | None = None, environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env = dict(os.environ) | (environment or {}) | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, f"{rank}.out") for rank in range(processes)]
+        self._errors = [path.with_suffix(".err") for path in self._outputs]
+        self._workers = []
+        for rank, (output, errors) in enumerate(zip(self._outputs, self._errors, strict=True)):
+            given = {
+                "argv": [str(script), *map(str, arguments)], "output_path": str(output), "errors_path": str(errors),
+                "folder": str(folder or Path.cwd()),
+                "environment": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            }  # fmt: skip
+            target = str(REPOSITORY / "tests/forked.py")
+            worker = forks.Process(target=runpy.run_path, args=(target,), kwargs={"init_globals": given})
+            worker.start()
+            self._workers.append(worker)
+
+    def wait(self, timeout: float = 300) -> list[str]:
+        """What each wrote to stdout. Raises AssertionError with what the first process to fail wrote last."""
         deadline = time.monotonic() + timeout
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-            if any(worker.poll() for worker in workers):
-                break
-            time.sleep(0.1)
-        codes = [worker.poll() for worker in workers]
-        if any(code != 0 for code in codes):
-            first = next((rank for rank, code in enumerate(codes) if code), codes.index(None) if None in codes else 0)
-            errors[first].seek(0)
-            raise AssertionError(f"process {first} failed or hung ({codes}): {errors[first].read()[-4000:]}")
+        try:
+            while any(worker.is_alive() for worker in self._workers) and time.monotonic() < deadline:
+                if any(worker.exitcode for worker in self._workers):
+                    break
+                multiprocessing.connection.wait([w.sentinel for w in self._workers if w.is_alive()], timeout=1)
+            codes = [worker.exitcode for worker in self._workers]
+            if any(code != 0 for code in codes):
+                failed = next((rank for rank, code in enumerate(codes) if code), None)
+                first = codes.index(None) if failed is None else failed
+                words = self._errors[first].read_text(errors="replace")[-4000:]
+                raise AssertionError(f"process {first} failed or hung ({codes}): {words}")
+            return [path.read_text() for path in self._outputs]
+        finally:
+            for worker in self._workers:
+                worker.kill()
+                worker.join()
+            self._folder.cleanup()
 
 
 @pytest.fixture

@@ -103,12 +103,15 @@ class Order:
         show_log(args.process_index == 0)
         try:
             return run_plan(args, tokens=tokens, device_type=device)
+        except ImportError as error:  # an optimizer's package, say
+            raise UsageError(_line(error)) from error
         except OSError as error:
             if error.errno is not None:
                 raise
-            names = " or ".join(str(self.given[name]) for name in self.command.models if self.given.get(name))
+            given = [self.given.get(setting) for setting in self.command.models]
+            names = [name for value in given for name in (value if isinstance(value, list) else [value]) if name]
             # transformers' word for a model that is not there
-            raise UsageError(f"cannot read the config of {names}: {_line(error)}") from error
+            raise UsageError(f"cannot read the config of {' or '.join(names)}: {_line(error)}") from error
 
     def _config(self, device: str | None) -> Any:
         import torch

@@ -16,7 +16,7 @@ from fastalign.models.inference import evaluating
 from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.planning.head import HeadSettings, PlannedHead
 from fastalign.planning.models import ModelSettings, meta_model, nothing_packed
-from fastalign.planning.recorder import WEIGHTS, Recorder
+from fastalign.planning.recorder import END_OF_PASS, WEIGHTS, Recorder
 from fastalign.planning.step import (
     Batch,
     OptimizerSettings,
@@ -88,7 +88,7 @@ def record_phase(
     """
     config, settings = models.policy
     policy = meta_model(config, settings)
-    with recording() as recorder:
+    with recording(head.device_type) as recorder:
         place(policy, settings, recorder)
         critic = None if models.critic is None else _placed(models.critic, recorder, "critic", trains=True)
         reference = None if models.reference is None else _placed(models.reference, recorder, "reference")
@@ -183,7 +183,7 @@ class _Phase:
             recorder.flops.clear()
             recorder.flops.update(before)
             recorder.flops[name] += total
-        recorder.end_pass()
+        recorder.mark(END_OF_PASS)
 
     @contextlib.contextmanager
     def _inference(self, model: nn.Module) -> Iterator[None]:

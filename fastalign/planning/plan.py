@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastalign.planning.heap import Heap
+from fastalign.planning.heap import mean_peak
 from fastalign.planning.phases import SAMPLING, SCORING, UPDATE
-from fastalign.planning.recorder import COPIES, WEIGHTS, peak_by_name
+from fastalign.planning.recorder import COPIES, KERNEL_BYTES, KERNELS, LIBRARIES, WEIGHTS, peak_by_name
 from fastalign.planning.step import StepRecord
 
 PARTS = {
@@ -25,12 +25,15 @@ PARTS = {
     "rewards": "reward models",
     "cache": "keys and values of completions while they are sampled",
     "processes": "buckets in which gradients are exchanged between processes",
-    "libraries": "kernels that oneDNN compiles for products in 16 bits",
+    LIBRARIES: "kernels that oneDNN compiles for products in 16 bits",
     "allocator": "memory that malloc holds and cannot reuse",
+    "objects": "of the interpreter and of autograd",
 }
 _OF_PHASE = dict.fromkeys(("", "forward", "backward", SAMPLING, SCORING, UPDATE), "activations")
-_ONEDNN_BYTES = 40 * 2**20  # measured, on AVX-512: a cache of kernels by shape, whatever the size of the model
-_STEPS = 4  # the heap's holes have grown to what they will be
+# Of a process on the CPU, measured: kernels of the probes that prove a model's head and layouts, in 16 bits; objects of
+# a trainer, its data and a graph, and pages of code.
+_PROBE_BYTES, _OBJECT_BYTES = 17 * 2**20, 8 * 2**20
+_STEPS = 3  # the heap's holes have grown to what they will be
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class StepPlan:
         return asdict(self) | {"peak_bytes": self.peak_bytes, "total_flops": self.total_flops}
 
 
-def parts_of(record: StepRecord, device_type: str, *, narrow: bool = False, **beside: int) -> dict[str, int]:
-    """Bytes by part at the peak of a run. beside: parts that are in memory all the time and not on record. narrow:
-    products are in 16 bits.
+def parts_of(record: StepRecord, device_type: str, *, with_scoring: bool = False, **beside: int) -> dict[str, int]:
+    """Bytes by part at the peak of a run. beside: parts that are in memory all the time and not on record.
+    with_scoring: the model has scored batches of other shapes before.
 
     On the CPU "allocator" is what the process has beyond its tensors at the heap's own peak. On CUDA the parts are what
     torch.cuda.max_memory_allocated counts; what its caching allocator holds beyond that is not predicted.
@@ -87,10 +90,11 @@ def parts_of(record: StepRecord, device_type: str, *, narrow: bool = False, **be
         parts[_OF_PHASE.get(name, name)] += size
     parts |= beside
     if device_type == "cpu":
-        heap = Heap()
-        heap.replay(record.events(_STEPS))
-        parts["allocator"] = max(heap.peak - peak, 0)
-        parts["libraries"] = _ONEDNN_BYTES if narrow else 0
+        parts["allocator"] = max(mean_peak(record.events(_STEPS)) - peak, 0)
+        parts["objects"] = _OBJECT_BYTES
+        if record.narrow:
+            before = record.narrow["forward"] * KERNELS * KERNEL_BYTES if with_scoring else 0
+            parts[LIBRARIES] += _PROBE_BYTES + before
     return {name: size for name, size in parts.items() if size}
 
 

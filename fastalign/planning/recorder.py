@@ -27,16 +27,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 class Event(NamedTuple):
     """Storage number `storage` is allocated with `size` bytes (above 0) or freed (minus what it had).
 
-    Number -1 marks the end of a pass.
+    Negative numbers mark what begins: FORWARD of a pass that a backward follows, BACKWARD, and neither (END_OF_PASS).
     """
 
     storage: int
     size: int
 
 
-END_OF_PASS = Event(-1, 0)
+END_OF_PASS, FORWARD, BACKWARD = (Event(number, 0) for number in (-1, -2, -3))
 
 WEIGHTS, COPIES = "weights", "copies"  # the second: weights in another precision, as autocast makes them
+LIBRARIES = "libraries"
 MODELS = (WEIGHTS, "critic", "reference", "rewards")  # the names under which weights are
 
 
@@ -60,6 +61,11 @@ _FLOPS: dict[Any, Callable[..., int]] = dict(flop_registry) | {
 }
 
 
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_NARROW = (torch.bfloat16, torch.float16)
+KERNELS, KERNEL_BYTES = 3, 250 * 1024  # that oneDNN compiles for a product in 16 bits, and keeps; counted on AVX-512
+
+
 class Recorder(TorchDispatchMode):
     """Records what is allocated while it is active; tensors made before are not counted.
 
@@ -69,13 +75,18 @@ class Recorder(TorchDispatchMode):
     now, peak   bytes alive, and the most that were
     flops       floating-point operations of matrix products and attention by phase, 2 a multiply-add, as
                 torch.utils.flop_counter counts them; causal attention counts in full
+    narrow      matrix products of 16-bit tensors, each combination of shapes once, with the phase that it was first in
+
+    kernels: compiled for each of these and kept, under the name LIBRARIES: on the CPU, not on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: int = 0) -> None:
         super().__init__()
+        self._kernels = kernels
         self.events: list[Event] = []
         self.names: list[str] = []
         self.flops: Counter[str] = Counter()
+        self.narrow: dict[tuple[Any, ...], str] = {}
         self.now = self.peak = 0
         self._phase = ""
         self._live: dict[int, tuple[int, int]] = {}  # address of a storage -> its number and bytes
@@ -95,9 +106,9 @@ class Recorder(TorchDispatchMode):
             number, _ = self._live[tensor.untyped_storage()._cdata]
             self.names[number] = name
 
-    def end_pass(self) -> None:
-        """Mark the end of a forward and backward pass, or of an optimizer step."""
-        self.events.append(END_OF_PASS)
+    def mark(self, event: Event) -> None:
+        """Say what begins; see `Event`."""
+        self.events.append(event)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,11 +116,21 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if (formula := _FLOPS.get(func._overloadpacket)) is not None:
             self.flops[self._phase] += formula(*args, **(kwargs or {}), out_val=out)
+            self._note_product(func, args)
         name = COPIES if func is torch.ops.aten._to_copy.default and self._name(args[0]) in MODELS else self._phase
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage(), name)
         return out
+
+    def _note_product(self, func: Any, args: tuple[Any, ...]) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if func._overloadpacket in _PRODUCTS and any(tensor.dtype in _NARROW for tensor in tensors):
+            product = (func, *((tuple(tensor.shape), tensor.stride()) for tensor in tensors))
+            if product not in self.narrow:
+                self.narrow[product] = self._phase
+                for _ in range(self._kernels):
+                    self._allocate(KERNEL_BYTES, LIBRARIES)
 
     def _name(self, tensor: Tensor) -> str | None:
         found = self._live.get(tensor.untyped_storage()._cdata)
@@ -119,13 +140,17 @@ class Recorder(TorchDispatchMode):
         address, size = storage._cdata, storage.nbytes()
         if address in self._live or not size:
             return
+        self._live[address] = self._allocate(size, name), size
+        weakref.finalize(storage, self._remove, address)
+
+    def _allocate(self, size: int, name: str) -> int:
+        """The number of a new storage."""
         number = len(self.names)
         self.names.append(name)
-        self._live[address] = number, size
         self.events.append(Event(number, size))
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, address)
+        return number
 
     def _remove(self, address: int) -> None:
         number, size = self._live.pop(address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from fastalign.models.scalar import scalar_head
 from fastalign.ops.schedule import Plan
 from fastalign.planning.head import HeadSettings, PlannedHead
 from fastalign.planning.models import ModelSettings, materialise, meta_model, nothing_packed, prepare
-from fastalign.planning.recorder import WEIGHTS, Event, Recorder
+from fastalign.planning.recorder import BACKWARD, END_OF_PASS, FORWARD, KERNELS, WEIGHTS, Event, Recorder
 
 Batch = Mapping[str, Any]
 
@@ -41,6 +42,7 @@ class StepRecord:
     flops       of the later step's passes, by phase: forward, backward (recomputed forwards included), head
     plans       of the head, one a pass
     tokens      of the passes: padded, real and computed
+    narrow      16-bit matrix products of different shapes, by the phase that each was first in
     peaks       most bytes of tensors alive in each part of the later step, where it has parts
     """
 
@@ -53,6 +55,7 @@ class StepRecord:
     flops: Counter[str]
     plans: list[Plan]
     tokens: dict[str, int]
+    narrow: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, int] = field(default_factory=dict)
 
     def events(self, steps: int) -> list[Event]:
@@ -77,17 +80,24 @@ def record_step(
     Raises ValueError: see `meta_model`; an optimizer that does not run without memory.
     """
     made = meta_model(config, model)
-    with recording() as recorder:
+    with recording(head.device_type) as recorder:
         place(made, model, recorder)
         steps = Steps(made, model, recorder, PlannedHead(head, recorder), optimizer, autocast)
         return record_twice(steps, lambda: steps.run(pieces), count_tokens(pieces, model.layout))
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Recorder]:
-    """Inside, tensors have no memory, and what they would take is recorded."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Recorder() as recorder, torch.device("cpu"):
-        yield recorder
+def recording(device_type: str) -> Iterator[Recorder]:
+    """Inside, tensors have no memory, and what they would take on "cpu" or "cuda" is recorded."""
+    kernels = KERNELS if device_type == "cpu" else 0
+    log = logging.getLogger("fastalign.models")  # which would tell of the kernels of a CPU
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Recorder(kernels) as recorder, torch.device("cpu"):
+            yield recorder
+    finally:
+        log.setLevel(level)
 
 
 def place(made: nn.Module, settings: ModelSettings, recorder: Recorder, name: str = WEIGHTS) -> None:
@@ -114,7 +124,7 @@ def record_twice(steps: Steps, run: Callable[[], None], tokens: dict[str, int]) 
         start=recorder.events[:start], first=recorder.events[start:first], later=recorder.events[first:later],
         names=recorder.names, parameters=sum(size for size, _ in sizes),
         trainable=sum(size for size, trains in sizes if trains), flops=recorder.flops,
-        plans=list(steps.planned.plans), tokens=tokens,
+        plans=list(steps.planned.plans), tokens=tokens, narrow=Counter(recorder.narrow.values()),
     )  # fmt: skip
 
 
@@ -158,7 +168,7 @@ class Steps:
                 name = type(self.optimizer).__name__
                 raise ValueError(f"{name} does not run without memory, so it cannot be planned: {error}") from error
             self.optimizer.zero_grad()
-        self.recorder.end_pass()
+        self.recorder.mark(END_OF_PASS)
 
     def _pass(self, piece: Batch) -> None:
         recorder, compute = self.recorder, contextlib.nullcontext()
@@ -166,13 +176,15 @@ class Steps:
             compute = torch.autocast("cpu", dtype=self.autocast)  # type: ignore[assignment]
         with recorder.phase("batch"):
             batch = on_device(piece)
+        recorder.mark(FORWARD)
         with recorder.phase("forward"), compute, nothing_packed():
             loss = self.loss(batch, plan_layout(piece, self.settings.layout), largest_group(piece))
+        recorder.mark(BACKWARD)
         with recorder.phase("backward"), nothing_packed():
             loss.backward()
         del loss
         recorder.rename((p.grad for p in self.trainable if p.grad is not None), "gradients")
-        recorder.end_pass()
+        recorder.mark(END_OF_PASS)
 
     def loss(self, batch: Batch, layout: TokenLayout | None, group_rows: int) -> Tensor:
         """0-dim, of a pass. group_rows: scored rows of the largest group."""

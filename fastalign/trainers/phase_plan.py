@@ -112,7 +112,7 @@ class PhasePlan(RunPlan):
             model=self.config.model_type, parameters=record.parameters, trainable=record.trainable,
             device_type=self.device_type, layout=layout, checkpointing=self.model.checkpointing,
             micro_batch_tokens=limit,
-            parts=parts_of(record, self.device_type, narrow=self.narrow, **self.exchanged(record.trainable)),
+            parts=parts_of(record, self.device_type, with_scoring=False, **self.exchanged(record.trainable)),
             flops=flops, tokens=tokens, passes=passes,
             pass_tokens=max(count_tokens([piece], layout)["computed"] for piece in full),
             head=str(record.plans[0]), peaks=record.peaks,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import importlib
 import json
+import logging
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,45 +86,52 @@ def measure_steps(
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"the measured process took more than {timeout:g} seconds, and was stopped") from error
     found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if found:
-        return StepMeasurement(**json.loads(found[-1].removeprefix(_MARK)))
-    failure = RuntimeError(_why(done.returncode, done.stderr))
+    said = json.loads(found[-1].removeprefix(_MARK)) if found else {}
+    if "failure" not in said and found:
+        return StepMeasurement(**said)
+    failure = RuntimeError(_why(done.returncode, said.get("failure", "without a word")))
     failure.add_note(done.stderr.strip()[-4000:])
     raise failure
 
 
-def _why(status: int, stderr: str) -> str:
+def _why(status: int, failure: str) -> str:
     """In a line, why a process failed."""
-    if status < 0:
-        reason = signal.Signals(-status).name
-        if -status == signal.SIGKILL:
-            reason += ", as the system does where memory runs out"
-        return f"the measured process was killed by {reason}"
-    lines = [line for line in stderr.splitlines() if line and not line[0].isspace()]
-    return f"the measured process failed ({status}): {lines[-1] if lines else 'without a word'}"
+    if status >= 0:
+        return f"the measured process failed ({status}): {failure}"
+    killed = f"the measured process was killed by {signal.Signals(-status).name}"
+    return killed + (", as the system does where memory runs out" if -status == signal.SIGKILL else "")
 
 
 # In the measured process ----------------------------------------------------------------------------------------------
 
 
 def child() -> None:
-    """Read an order from stdin, run it, print the measurement."""
-    import importlib
-    import logging
-
+    """Read an order from stdin, run it, print the measurement; or in a line why there is none."""
     order = json.loads(sys.stdin.read())
+    try:
+        said = _measure(order)._asdict()
+    except Exception as error:
+        traceback.print_exc()
+        said = {"failure": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    print(_MARK + json.dumps(said))
+    sys.exit(1 if "failure" in said else 0)
+
+
+def _measure(order: dict[str, Any]) -> StepMeasurement:
     logging.getLogger("fastalign").setLevel(logging.WARNING)
     module, name = order["config"]
     trainer_class = getattr(importlib.import_module("fastalign.trainers"), order["trainer"])
     with tempfile.TemporaryDirectory() as folder:
-        config_class = getattr(importlib.import_module(module), name)
-        fields = order["given"] | _overrides(folder, order["steps"], config_class.__dataclass_fields__)
+        config_class, given = getattr(importlib.import_module(module), name), order["given"]
+        fields = given | _overrides(folder, order["steps"], config_class.__dataclass_fields__)
+        if "precompute_ref_log_probs" in config_class.__dataclass_fields__ or given.get("reference_free") is False:
+            fields["cache_dir"] = f"{folder}/cache"
         if (limit := order["micro_batch_tokens"]) is not None:
             fields |= {"micro_batch_tokens": limit, "memory_gb": None}
         args = config_class(**fields)
         plan = run_plan(args, tokens=order["tokens"])
         args.micro_batch_tokens = plan.micro_batch_tokens
-        print(_MARK + json.dumps(_measured(plan, args, trainer_class)._asdict()))
+        return _measured(plan, args, trainer_class)
 
 
 def _overrides(folder: str, steps: int, fields: Container[str]) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def _overrides(folder: str, steps: int, fields: Container[str]) -> dict[str, Any
     given = {
         "output_dir": folder, "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
         "dataset_test_split": None, "train_sampling_strategy": "sequential", "disable_tqdm": True, "logging_steps": 1,
-        "push_to_hub": False, "load_best_model_at_end": False, "total_episodes": None, "cache_dir": f"{folder}/cache",
+        "push_to_hub": False, "load_best_model_at_end": False, "total_episodes": None,
     }  # fmt: skip
     return {name: value for name, value in given.items() if name in fields}
 
@@ -210,7 +220,7 @@ def _random_model(planned: Planned) -> nn.Module:
 
 _TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
-    "num_hidden_layers": 1, "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    "num_hidden_layers": 1,
 }  # fmt: skip
 
 

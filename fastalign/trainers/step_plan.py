@@ -70,11 +70,10 @@ class RunPlan:
         return DEFAULT_MICRO_BATCH_TOKENS[self.device_type] if given is None else given
 
     @property
-    def narrow(self) -> bool:
-        """Whether products are in 16 bits."""
-        return self.autocast is not None or (
-            self.model.dtype != torch.float32 and (self.model.pure_16bit or self.model.adapter is not None)
-        )
+    def _scores_first(self) -> bool:
+        """Whether the reference's log-probs come from the model itself before it trains."""
+        args = self.args
+        return bool(getattr(args, "precompute_ref_log_probs", False)) or getattr(args, "reference_free", True) is False
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -168,7 +167,7 @@ class RunPlan:
             layout=layout,
             checkpointing=self.model.checkpointing,
             micro_batch_tokens=limit,
-            parts=parts_of(record, self.device_type, narrow=self.narrow, **beside),
+            parts=parts_of(record, self.device_type, with_scoring=self._scores_first, **beside),
             flops=scaled_flops(record, tokens["computed"]),
             tokens=tokens,
             passes=len(passes),

@@ -10,7 +10,10 @@ from fastalign.cli import main
 
 
 def test_a_small_demonstration(tmp_path, capsys):
-    small = {"sft_examples": 64, "preference_pairs": 64, "questions": 16, "curve_questions": 4, "curve_points": 1}
+    small = {
+        "sft_examples": 64, "preference_pairs": 64, "questions": 16, "curve_questions": 4, "curve_points": 1,
+        "ranked_questions": 64, "ppo_steps": 2, "ppo_batch_size": 16,
+    }  # fmt: skip
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     assert main(["demo", "--output_dir", str(tmp_path), "--seed", "3", "--max_new_tokens=32", *flags]) == 0
     out = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 
 from fastalign import cli
@@ -59,6 +60,12 @@ def test_plan_of_another_trainer_and_device_without_data(checkpoint, capsys):
         (["plan", "--model_name_or_path", "m", "--tokens", "8", "--device", "tpu"], "--device 'tpu'"),
         (["plan", "--model_name_or_path", "m", "--tokens", "8", "--json", "yes"], "--json takes no value"),
         (["plan", "--bta", "1"], "did you mean"),
+        (["plan", "--confg", "run.yaml"], "unknown flag --confg (did you mean --config?)"),
+        (["plan", "--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+        (["plan", "--tokns", "8"], "unknown flag --tokns (did you mean --tokens?)"),
+        (["bench", "step", "--stps", "8"], "unknown flag --stps (did you mean --steps?)"),
+        (["plan", "--model_name_or_path", "./nowhere", "--tokens", "8", "--use_cpu"], "cannot read the config of"),
+        (["plan", "--model_name_or_path", "m", "--tokens", "8", "--memory_gb", "inf"], "--memory_gb takes a positive"),
         (["bench"], "an action is needed"),
         (["bench", "stp"], "unknown action 'stp'"),
         (["bench", "step", "--model_name_or_path", "m", "--tokens", "8", "--steps", "0"], "--steps takes a positive"),
@@ -67,6 +74,89 @@ def test_plan_of_another_trainer_and_device_without_data(checkpoint, capsys):
 def test_what_cannot_be_honoured(argv, message, capsys):
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--optim", "adamw_8bit"], "bitsandbytes"),
+        (["plan", "--micro_batch_tokens", "auto"], "memory_gb is missing: on the CPU"),
+        (["plan", "--micro_batch_tokens", "atuo"], "micro_batch_tokens='atuo': accepted are"),
+        (["plan", "--micro_batch_tokens", "auto", "--memory_gb", "1e-3"], "and the budget is 0.001 GiB"),
+        pytest.param(
+            ["plan", "--micro_batch_tokens", "auto", "--device", "cuda"], "there is no GPU here", marks=NO_GPU
+        ),
+        pytest.param(["bench", "step", "--device", "cuda"], "this machine has no GPU to measure on", marks=NO_GPU),
+        pytest.param(
+            ["plan", "--use_cpu=false", "--bf16", "true"], "This machine has no GPU; --device cuda plans for one",
+            marks=NO_GPU,
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_run_cannot_have_is_one_line(argv, message, checkpoint, capsys):
+    """Status 2, and nothing on stdout."""
+    command = argv[: 2 if argv[0] == "bench" else 1]
+    given = ["--model_name_or_path", str(checkpoint), "--tokens", "32", "--use_cpu"]
+    own = [word for word in given if word.partition("=")[0] not in {w.partition("=")[0] for w in argv}]
+    assert cli.main([*command, *own, *argv[len(command) :]]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_device_that_is_planned_for_need_not_be_here(device, checkpoint, capsys):
+    """A GPU computes in bfloat16 unless the settings say otherwise; a file for it holds what this machine refuses."""
+    base = ["plan", "--model_name_or_path", str(checkpoint), "--tokens", "32", "--brief", "--json", "--device", device]
+    parts = []
+    for own in ([], ["--bf16", "false"], ["--bf16", "true"]):
+        assert cli.main([*base, *own]) == 0
+        plan = json.loads(capsys.readouterr().out)["plan"]
+        assert plan["device_type"] == device
+        parts.append(plan["parts"])
+    assert ("copies" in parts[0]) == (device == "cuda")
+    assert "copies" not in parts[1]
+    assert parts[2]["copies"] > 0
+    assert parts[0] == parts[2 if device == "cuda" else 1]
+
+
+def test_bad_rows_are_said_as_in_training(checkpoint, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b"}\n')
+    argv = ["plan", "--model_name_or_path", str(checkpoint), "--use_cpu", "--dataset_name"]
+    assert cli.main([*argv, str(path)]) == 2
+    assert "row 0: missing key (no rejected)" in capsys.readouterr().err
+    assert cli.main([*argv, str(tmp_path / "nowhere.jsonl")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_phase_of_ppo(checkpoint, preferences, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} + 1 ="}) + "\n" for n in range(4)))
+    argv = ["plan", "--trainer", "ppo", "--model_name_or_path", str(checkpoint), "--use_cpu", "--response_length", "8"]
+    assert cli.main([*argv, "--dataset_name", str(prompts), "--reward_model_path", str(checkpoint), "--brief"]) == 0
+    out = capsys.readouterr().out
+    for word in ("sampling", "scoring", "update", "critic", "reference", "rewards"):
+        assert word in out
+    assert cli.main([*argv, "--tokens", "64", "--use_vllm"]) == 2
+    assert "use_vllm=True cannot be planned" in capsys.readouterr().err
+
+
+def test_the_choice_of_a_run_is_what_its_plan_says(config, capsys, caplog):
+    """`fastalign dpo` chooses what `fastalign plan` names for the same file."""
+    argv = ["--config", config, "--micro_batch_tokens", "auto", "--memory_gb", "0.5"]
+    assert cli.main(["plan", *argv, "--json", "--brief"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] == found["auto"]["plan"]
+    with caplog.at_level("INFO", logger="fastalign.planning.sizing"):
+        caplog.clear()
+        assert cli.main(["dpo", *argv, "--max_steps", "1"]) == 0
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "fastalign.planning.sizing"]
+    assert line.startswith(f"micro_batch_tokens: {found['auto']['micro_batch_tokens']},")
 
 
 def test_help_without_imports(capsys):
@@ -91,6 +181,7 @@ def test_bench_prints_the_plan_beside_the_measurement(config, capsys, monkeypatc
     assert asked["trainer"] == "DPOTrainer"
     assert asked["steps"] == 3
     assert asked["given"]["max_length"] == 64
+    assert asked["micro_batch_tokens"] == 1024
 
 
 def test_bench_says_what_the_measured_process_said(config, capsys, monkeypatch):

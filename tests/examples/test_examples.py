@@ -3,10 +3,7 @@
 TRL's run where TRL is (see tests/integrations/test_trl.py), as do Lightning's and bitsandbytes'.
 """
 
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,20 +11,21 @@ import pytest
 LOG_2 = 0.6931
 
 
-def run(repository, tmp_path, name, *flags):
-    """Standard output of an example."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    script = repository / "examples" / name
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(script), *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - start < 300  # under a minute on a machine that does nothing else
-    return done.stdout
+@pytest.fixture
+def run(launch, repository, tmp_path):
+    """run(name, *flags): standard output of an example."""
+
+    def run(name, *flags):
+        environment = {
+            "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+        start = time.monotonic()
+        script = repository / "examples" / name
+        (output,) = launch(script, *flags, processes=1, folder=tmp_path, environment=environment)
+        assert time.monotonic() - start < 300  # under a minute on a machine that does nothing else
+        return output
+
+    return run
 
 
 def numbers(pattern, text):
@@ -43,47 +41,47 @@ def numbers(pattern, text):
     ],
     ids=["pytorch_loop", "lora", "lora_on_tied_head"],
 )
-def test_loops_learn(repository, tmp_path, name, flags):
-    text = run(repository, tmp_path, name, "--steps", "45", *flags)
+def test_loops_learn(run, name, flags):
+    text = run(name, "--steps", "45", *flags)
     losses = numbers("loss", text)
     assert losses[0] == pytest.approx(LOG_2, abs=1e-3)  # the policy is its reference
     assert losses[-1] < 0.5
     assert numbers("held-out accuracy", text)[0] > 0.7
 
 
-def test_hugging_faces_trainer(repository, tmp_path):
-    text = run(repository, tmp_path, "hf_trainer.py", "--steps", "45")
+def test_hugging_faces_trainer(run):
+    text = run("hf_trainer.py", "--steps", "45")
     assert "loss 0.6931 -> 0." in text
     assert numbers("held-out accuracy", text)[0] > 0.7
 
 
-def test_torch_compile(repository, tmp_path):
+def test_torch_compile(run):
     """fullgraph=True: it would fail at a graph break."""
-    text = run(repository, tmp_path, "compile_step.py", "--backend", "aot_eager", "--steps", "6")
+    text = run("compile_step.py", "--backend", "aot_eager", "--steps", "6")
     compiled, plain = numbers("compiled loss", text)[0], numbers("plain", text)[0]
     assert compiled == pytest.approx(plain, abs=1e-6)
     assert numbers(": loss", text)[0] < LOG_2
 
 
-def test_lightning(repository, tmp_path):
+def test_lightning(run):
     pytest.importorskip("lightning")
-    text = run(repository, tmp_path, "lightning_dpo.py", "--steps", "45")
+    text = run("lightning_dpo.py", "--steps", "45")
     assert numbers("step 0: loss", text)[0] == pytest.approx(LOG_2, abs=1e-3)
     assert numbers("held-out accuracy", text)[0] > 0.7
 
 
-def test_4_bit_base(repository, tmp_path):
+def test_4_bit_base(run):
     pytest.importorskip("bitsandbytes")
-    text = run(repository, tmp_path, "qlora_4bit.py", "--steps", "20")
+    text = run("qlora_4bit.py", "--steps", "20")
     assert "14 layers in 4 bits, head in torch.float32" in text
     first, last = (float(value) for value in re.search(r"loss ([\d.]+) -> ([\d.]+)", text).groups())
     assert last < first
 
 
 @pytest.mark.peers
-def test_trl_with_one_call(repository, tmp_path):
+def test_trl_with_one_call(run):
     pytest.importorskip("trl")
-    text = run(repository, tmp_path, "trl_dropin.py", "--steps", "6")
+    text = run("trl_dropin.py", "--steps", "6")
     assert numbers("largest difference", text)[0] < 1e-4
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -230,15 +228,12 @@ def test_in_distributed_data_parallel(zoo, tmp_path):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_reduce_their_gradients(zoo, tmp_path):
+def test_two_processes_reduce_their_gradients(zoo, launch, tmp_path):
     model, batch = zoo.make("llama"), zoo.batch()
     expected_logps(model, batch)[0].sum().backward()
     model.save_pretrained(tmp_path / "model")
     torch.save(batch | {"completion_mask": completion_mask(batch)}, tmp_path / "batch.pt")
-    worker = Path(__file__).parent / "ddp_worker.py"
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(Path(__file__).with_name("ddp_worker.py"), tmp_path)
     found = torch.load(tmp_path / "gradients.pt")
     for name, parameter in model.named_parameters():  # the wrapper averages over the two
         torch.testing.assert_close(found[name] * 2, parameter.grad, rtol=1e-4, atol=1e-5)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,61 +92,11 @@ def test_the_default_budget_is_a_constant_per_device():
     assert plan(4096, 512, 50257) == plan(4096, 512, 50257, workspace_bytes=DEFAULT_WORKSPACE_MB["cpu"] * MIB)
 
 
-MEASURE = textwrap.dedent(
-    """
-    import json, resource, sys
-    import torch
-    from fastalign.ops import linear_logps, linear_loss, plan
-    case = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    n, H, V, dtype = case["n"], case["H"], case["V"], getattr(torch, case["dtype"])
-    half = case.get("ignored", False)
-
-    def call(n, V, case, measure=False):
-        hidden = torch.randn(n, H, dtype=dtype).requires_grad_()
-        weight = torch.empty(V, H, dtype=dtype).fill_(0.01).requires_grad_(case["weight"])
-        targets = torch.randint(0, V, (n,))
-        if half:
-            targets[::2] = -100
-        coef = (torch.rand(n) < case.get("live", 1.0)).float()
-        before = 0
-        if measure:
-            open("/proc/self/clear_refs", "w").write("5")  # restart the high-water mark at what is resident now
-            before = peak()
-        if case["schedule"] == "streamed":
-            loss = linear_loss(
-                lambda s, cu, coef: -s.logps * coef, hidden, weight, targets, groups="tokens", inputs={"coef": coef},
-                workspace_mb=case["workspace_mb"], schedule="streamed",
-            ).loss
-        else:
-            out = linear_logps(hidden, weight, targets, schedule=case["schedule"], workspace_mb=case["workspace_mb"])
-            loss = (out.logps * coef).sum()
-        if loss.requires_grad:
-            loss.backward()
-        return peak() - before
-
-    def peak():
-        line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-
-    call(64, 512, case)  # libraries allocate their own buffers at the first call
-    used = call(n, V, case, measure=True)
-    scored = (n + 1) // 2 if half else n
-    p = plan(
-        scored, H, V, dtype=dtype, needs=(True, case["weight"], False),
-        workspace_bytes=int(case["workspace_mb"] * 2**20), schedule=case["schedule"],
-        group_rows=1 if case["schedule"] == "streamed" else None, num_tokens=n,
-    )
-    print(json.dumps({"used": used, "predicted": p.predicted_bytes, "plan": str(p)}))
-    """
-)
-
-
 @pytest.mark.parametrize("workspace_mb", [16, 48])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "half ignored"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "streamed", "frozen"])
-def test_peak_memory_stays_within_the_prediction(schedule, dtype, ignored, workspace_mb):
+def test_peak_memory_stays_within_the_prediction(check_peak, schedule, dtype, ignored, workspace_mb):
     """High-water mark of a fresh process, above what stood before the call; naive logits here take 201 MiB and more."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the high-water mark from /proc")
@@ -159,7 +108,7 @@ def test_peak_memory_stays_within_the_prediction(schedule, dtype, ignored, works
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "overlaid", "cached", "streamed"])
-def test_leaving_rows_out_takes_no_memory(schedule):
+def test_leaving_rows_out_takes_no_memory(check_peak, schedule):
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the high-water mark from /proc")
     case = {
@@ -169,10 +118,17 @@ def test_leaving_rows_out_takes_no_memory(schedule):
     check_peak(case)
 
 
-def check_peak(case):
-    done = subprocess.run([sys.executable, "-P", "-c", MEASURE, json.dumps(case)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+@pytest.fixture
+def check_peak(launch, tmp_path):
+    def check_peak(case):
+        found = tmp_path / "found.json"
+        launch(Path(__file__).with_name("peak_worker.py"), json.dumps(case), found, processes=1)
+        check_found(json.loads(found.read_text()))
+
+    return check_peak
+
+
+def check_found(result):
     slack = 3 * MIB  # pages of the allocator, threads' stacks and per-row vectors
     assert result["used"] <= 1.1 * result["predicted"] + slack, result
     assert result["used"] >= 0.5 * result["predicted"] - slack, result

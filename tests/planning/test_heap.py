@@ -1,34 +1,51 @@
-"""The model of malloc: its own rules, and that nothing is lost."""
+"""The model of malloc: its own rules, that nothing is lost, and this machine's malloc beside it."""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastalign.planning.heap import Heap
-from fastalign.planning.recorder import END_OF_PASS, Event
+from fastalign.planning import HeadSettings, ModelSettings, OptimizerSettings, record_step
+from fastalign.planning.heap import Heap, mean_peak
+from fastalign.planning.recorder import BACKWARD, END_OF_PASS, FORWARD, Event
 
 KIB, MIB = 1024, 2**20
 
 
+def accounted(heap: Heap) -> int:
+    """Bytes of all chunks of the heap below its free end."""
+    small = sum(size * len(places) for own in (heap._waiting, heap._kept) for size, places in own.items())
+    used = sum(size for address, size, _ in heap._used.values() if address >= 0)
+    return used + small + sum(size for size, _ in heap._free) + sum(size for *_, size in heap._objects)
+
+
 @given(st.lists(st.tuples(st.integers(1, 4 * MIB), st.integers(0, 5)), max_size=60))
-def test_resident_memory_holds_what_is_alive_and_comes_back(steps):
+def test_resident_memory_holds_what_is_alive_and_nothing_is_lost(steps):
     heap, alive = Heap(), {}
     for number, (size, action) in enumerate(steps):
         heap.allocate(number, size)
         alive[number] = size
-        if action == 0:
-            heap.end_pass()
-        elif action < 4 and len(alive) > 1:
+        if action < 3:
+            heap.begin((END_OF_PASS, FORWARD, BACKWARD)[action])
+        elif action < 5 and len(alive) > 1:
             heap.free(oldest := next(iter(alive)))
             del alive[oldest]
         assert heap.peak >= heap.resident >= sum(alive.values())
+        assert accounted(heap) == heap._top
     for number in alive:
         heap.free(number)
-    heap.end_pass()
+    heap.begin(END_OF_PASS)
     assert not heap._used
-    assert heap._top == 0, "all chunks are joined again"
-    assert heap._free == []
+    assert not heap._objects
+    assert heap._mapped == 0
+    assert accounted(heap) == heap._top
 
 
 def test_large_requests_are_mapped_and_given_back():
@@ -52,19 +69,83 @@ def test_the_threshold_rises_to_what_was_freed():
     assert heap.resident < 2 * MIB
 
 
-def test_a_hole_does_not_take_what_left_it_before_the_pass_is_over():
+@pytest.mark.parametrize(("phase", "fits"), [(END_OF_PASS, True), (FORWARD, False)])
+def test_small_objects_of_a_forward_keep_a_hole_from_what_left_it(phase, fits):
     heap = Heap()
-    heap.allocate(9, 64 * MIB)
-    heap.allocate(0, 100 * KIB)
-    heap.allocate(1, 100 * KIB)
-    before = heap._top
-    heap.free(0)
-    heap.allocate(2, 100 * KIB)
-    assert heap._top > before
-    heap.free(2)
+    heap.begin(phase)
+    heap.allocate(9, MIB)
+    heap.free(9)  # the threshold is above what follows
+    for number in range(3):
+        heap.allocate(number, 100 * KIB)
     heap.free(1)
-    heap.end_pass()
-    assert heap._top == 0
+    before = heap._top
+    heap.allocate(4, 100 * KIB)
+    assert (heap._top == before) == fits
+
+
+def test_a_backward_frees_small_objects_last_ones_first():
+    heap = Heap()
+    heap.begin(FORWARD)
+    for number in range(4):
+        heap.allocate(number, 100 * KIB)
+    heap.begin(BACKWARD)
+    for number in (3, 2, 1):
+        heap.free(number)
+        assert {owner for owner, *_ in heap._objects} == set(range(1, number + 2))  # requests count from 1
+    heap.begin(END_OF_PASS)
+    assert not heap._objects
+
+
+MALLOC = """
+import ctypes, json, sys
+libc = ctypes.CDLL(None)
+class Info(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in "arena _1 _2 _3 mapped _4 _5 _6 _7 _8".split()]
+libc.mallinfo2.restype = Info
+libc.free.argtypes = [ctypes.c_void_p]
+def resident():
+    info = libc.mallinfo2()
+    return info.arena + info.mapped
+events, places, place = json.loads(sys.stdin.read()), {}, ctypes.c_void_p()
+before, peak = resident(), 0
+for storage, size in events:
+    if size > 0:
+        assert libc.posix_memalign(ctypes.byref(place), 64, ctypes.c_size_t(size)) == 0
+        places[storage] = place.value
+        peak = max(peak, resident() - before)
+    elif storage in places:
+        libc.free(places.pop(storage))
+print(peak)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33, whose malloc this is")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_small_objects_it_is_this_machines_malloc(checkpointing, llama, make_piece):
+    """A step's tensors in a process that has nothing else: no more memory is touched than malloc's own."""
+    llama.hidden_size, llama.intermediate_size, llama.vocab_size, llama.head_dim = 256, 704, 4096, 64
+    record = record_step(
+        llama, [make_piece(8, 24, 40)] * 2, model=ModelSettings(checkpointing=checkpointing),
+        head=HeadSettings(device_type="cpu"), optimizer=OptimizerSettings(cls=torch.optim.AdamW),
+    )  # fmt: skip
+    events = [event for event in record.events(3) if event.storage >= 0]
+    done = subprocess.run(
+        [sys.executable, "-c", MALLOC], input=json.dumps(events), capture_output=True, text=True, check=True
+    )
+    heap = Heap()
+    heap.replay(events)
+    assert heap.peak == pytest.approx(int(done.stdout), rel=0.06)
+
+
+def test_the_mean_is_over_where_small_objects_fall():
+    events = [FORWARD, *(Event(number, (50 + number) * KIB) for number in range(40)), BACKWARD]
+    events += [Event(number, -(50 + number) * KIB) for number in reversed(range(40))] + [END_OF_PASS]
+    peaks = []
+    for offset in (0.0, 1 / 3, 2 / 3):
+        heap = Heap(offset)
+        heap.replay(events * 3)
+        peaks.append(heap.peak)
+    assert mean_peak(events * 3) == sum(peaks) // 3
 
 
 def test_replay_knows_only_what_it_has_seen():

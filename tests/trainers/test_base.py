@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -86,7 +82,7 @@ def test_dropping_the_mask_changes_nothing(kit, monkeypatch):
     kit.assert_same(run(kit, **settings)[0], expected[0], **EXACT)
 
 
-def test_two_processes_give_what_one_gives(kit, tmp_path):
+def test_two_processes_give_what_one_gives(kit, start, tmp_path):
     """Weights, logged metrics and an evaluation whose last batch is filled up with pairs that do not count."""
     settings = {
         "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch",
@@ -94,19 +90,13 @@ def test_two_processes_give_what_one_gives(kit, tmp_path):
     }  # fmt: skip
     folder = tmp_path / "two"
     folder.mkdir()
-    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings)]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    env |= {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    workers = start(Path(__file__).with_name("worker.py"), folder, json.dumps(settings))
     one = kit.trainer(
         kit.model().double(), kit.pairs(24), kit.pairs(7, seed=1), **(settings | {"per_device_train_batch_size": 8})
     )
     one.train()
     metrics = one.evaluate()
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    workers.wait()
     two = torch.load(folder / "result.pt")
     kit.assert_same(two["weights"], kit.weights(one), **EXACT)
     for a, b in zip(two["logs"], kit.logs(one), strict=True):
@@ -114,12 +104,6 @@ def test_two_processes_give_what_one_gives(kit, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-9), name
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/margins_se", "eval_logps/chosen"):
         assert two["eval"][name] == pytest.approx(metrics[name], rel=1e-6, abs=1e-9), name
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16])

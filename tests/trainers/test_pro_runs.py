@@ -1,10 +1,6 @@
 """Equality of PRO's runs: how a batch is split, over processes too, changes nothing, nor does an interruption."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +44,7 @@ def test_the_split_of_a_batch_changes_nothing(kit, variant):
                 assert got[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), (split, name)
 
 
-def test_two_processes_give_what_one_gives(kit, tmp_path):
+def test_two_processes_give_what_one_gives(kit, start, tmp_path):
     settings = {
         "num_train_epochs": 2, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2, "micro_batch_tokens": 64, "backend": "torch", "reference_free": False,
@@ -56,20 +52,12 @@ def test_two_processes_give_what_one_gives(kit, tmp_path):
     }  # fmt: skip
     folder = tmp_path / "two"
     folder.mkdir()
-    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings), "pro"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    workers = start(Path(__file__).with_name("worker.py"), folder, json.dumps(settings), "pro")
     data = kit.lists(24, scores=True), kit.lists(7, seed=1, scores=True)
     one = kit.pro(kit.model().double(), *data, **(settings | {"per_device_train_batch_size": 8}))
     one.train()
     metrics = one.evaluate()
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    workers.wait()
     two = torch.load(folder / "result.pt")
     kit.assert_same(two["weights"], kit.weights(one), **EXACT)
     for mine, expected in ((two["logs"], kit.logs(one)), ([two["eval"]], [metrics])):

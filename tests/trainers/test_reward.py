@@ -1,10 +1,6 @@
 """RewardTrainer on a tiny model: every kind of judgement, what is trained, resumed and refused."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +64,7 @@ def test_resumed_training_is_the_uninterrupted_one(rewards, kit, kind, adapter):
 
 
 @pytest.mark.parametrize("kind", ["lists"])
-def test_two_processes_give_what_one_gives(rewards, kit, kind, tmp_path):
+def test_two_processes_give_what_one_gives(rewards, kit, kind, start, tmp_path):
     """Weights, logged metrics with extremes, normalisation, and an evaluation whose last batch is filled up."""
     settings = {
         "num_train_epochs": 2, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 4,
@@ -76,20 +72,12 @@ def test_two_processes_give_what_one_gives(rewards, kit, kind, tmp_path):
     }  # fmt: skip
     folder = tmp_path / "two"
     folder.mkdir()
-    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings), kind]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    workers = start(Path(__file__).with_name("worker.py"), folder, json.dumps(settings), kind)
     train, held_out = (rewards.data(kind, n, seed=seed) for n, seed in ((24, 0), (7, 1)))
     one = rewards.trainer(rewards.model().double(), train, held_out, **(settings | {"per_device_train_batch_size": 8}))
     one.train()
     metrics = one.evaluate()
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    workers.wait()
     two = torch.load(folder / "result.pt")
     kit.assert_same(two["weights"], kit.weights(one), rtol=1e-5, atol=1e-6)
     for mine, expected in ((two["logs"], kit.logs(one)), ([two["eval"]], [metrics])):

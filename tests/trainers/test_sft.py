@@ -1,10 +1,6 @@
 """SFTTrainer on a tiny model: its loss is transformers' own, whatever the batch is cut into; adapters; resuming."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -119,7 +115,7 @@ def test_evaluation_is_over_tokens_whatever_the_batches(kit, sft, size):
     assert trainer.evaluate(rows)["eval_loss"] > 0
 
 
-def test_two_processes_give_what_one_gives(kit, sft, tmp_path):
+def test_two_processes_give_what_one_gives(kit, sft, start, tmp_path):
     """Packed, so that they have different numbers of trained tokens; the loss is the mean over all of them."""
     settings = {
         "num_train_epochs": 2, "train_sampling_strategy": "sequential", "backend": "torch", "packing": True,
@@ -127,20 +123,12 @@ def test_two_processes_give_what_one_gives(kit, sft, tmp_path):
     }  # fmt: skip
     folder = tmp_path / "two"
     folder.mkdir()
-    worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder), json.dumps(settings), "sft"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(worker, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    workers = start(Path(__file__).with_name("worker.py"), folder, json.dumps(settings), "sft")
     data = kit.sequences(24), kit.sequences(7, seed=1)
     one = sft(kit.model().double(), *data, **(settings | {"per_device_train_batch_size": 4}))
     one.train()
     metrics = one.evaluate()
-    for process in workers:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    workers.wait()
     two = torch.load(folder / "result.pt")
     kit.assert_same(two["weights"], kit.weights(one), **EXACT)
     for a, b in zip(two["logs"], kit.logs(one), strict=True):

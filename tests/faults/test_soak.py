@@ -23,16 +23,17 @@ LAST = STEPS - 50  # from here on what is in cycles is kept, to be looked at
 
 
 class Gauge(TrainerCallback):
-    """(step, resident bytes, open files), every EVERY steps.
+    """(step, resident bytes, open files, mapped files), every EVERY steps.
 
-    Resident is what is in use: garbage in cycles is collected first, and what the allocator holds in reserve given
-    back. Python collects a cycle that lived through a checkpoint some thousand steps later (once a quarter of all it
-    has is new), and the allocator extends its heap by 256 KiB at a time; both look like growth for a while. The log
-    history, which Trainer keeps whole, is emptied.
+    Resident is what is in use, in memory that is no file's (the system takes pages of libraries away as it likes):
+    garbage in cycles is collected first, and what the allocator holds in reserve given back. Python collects a cycle
+    that lived through a checkpoint some thousand steps later (once a quarter of all it has is new), and the allocator
+    extends its heap by 256 KiB at a time; both look like growth for a while. The log history, which Trainer keeps
+    whole, is emptied.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int, int]] = []
+        self.seen: list[tuple[int, int, int, int]] = []
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda reserve: None)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -47,8 +48,17 @@ class Gauge(TrainerCallback):
             state.log_history.clear()
             gc.collect()
             self._trim(0)
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.seen.append((step, pages * os.sysconf("SC_PAGESIZE"), len(os.listdir("/proc/self/fd"))))
+            self.seen.append((step, resident(), len(os.listdir("/proc/self/fd")), mapped_files()))
+
+
+def resident() -> int:
+    """Bytes, those that were swapped out included."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(status[name].split()[0]) for name in ("RssAnon", "VmSwap")) * 2**10
+
+
+def mapped_files() -> int:
+    return sum("/" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.fixture
@@ -105,7 +115,7 @@ def test_two_thousand_steps(tmp_path, capsys, cycles):
     assert cycles  # of others: the look itself works
     assert not ours
 
-    steps, memory, files = np.array([entry for entry in gauge.seen if entry[0] >= WARM_UP], float).T
+    steps, memory, files, maps = np.array([entry for entry in gauge.seen if entry[0] >= WARM_UP], float).T
     slope, start = np.polyfit(steps, memory, 1)
     noise = float(np.std(memory - (slope * steps + start)))
     growth = slope * (steps[-1] - steps[0])
@@ -113,8 +123,9 @@ def test_two_thousand_steps(tmp_path, capsys, cycles):
         print(
             f"\nsoak: steps {steps[0]:.0f} to {steps[-1]:.0f}, {memory[-1] / 2**20:.1f} MiB resident, slope"
             f" {slope:.1f} bytes a step: {growth / 2**10:+.0f} KiB, a reading's noise is {noise / 2**10:.0f} KiB;"
-            f" {int(files[0])} → {int(files[-1])} open files"
+            f" {int(files[0])} → {int(files[-1])} open files, {int(maps[0])} → {int(maps[-1])} mappings of files"
         )
     assert files.max() <= files[0] + 2  # a checkpoint being written may hold one
     assert files[-1] <= files[0]
+    assert maps[-1] <= maps[0]
     assert growth <= 3 * noise

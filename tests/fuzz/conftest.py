@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,9 +29,10 @@ def refusal(check: Callable[..., Any], *values: Any) -> ValueError | None:
 
 
 @pytest.fixture(params=["quick", pytest.param("long", marks=pytest.mark.long)])
-def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+def fuzz(request: pytest.FixtureRequest) -> Iterator[Fuzz]:
     """fuzz(check, *strategies): nothing but a ValueError that says something may come out of `check`."""
     quick = request.param == "quick"
+    refused = 0
 
     def run(check: Callable[..., Any], *strategies: Any) -> None:
         @settings(
@@ -40,12 +41,15 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
         )  # fmt: skip
         @given(st.tuples(*strategies))
         def target(values: tuple[Any, ...]) -> None:
+            nonlocal refused
             if (error := refusal(check, *values)) is not None:
                 assert 0 < len(str(error).strip()) < 10_000
+                refused += 1
 
         target()
 
-    return run
+    yield run
+    request.node.user_properties.append(("bad inputs refused", refused))  # for the tally of tests/faults
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ gpu: setup ## the tests that need a CUDA device, then speed and memory of all th
 long: setup ## the studies that take minutes
 	$(PYTEST) -m long tests
 
-faults: setup ## kills, full disks, flipped bits, bad input: the long form; the tally at the end. An hour of two cores
+faults: setup ## kills, full disks, flipped bits, bad input: their long form, and a tally
 	$(PYTEST) -n 2 --dist load -m 'long or not long' tests/faults tests/fuzz
 
 bench: setup ## the fused head and a PPO update's against their peers, on this machine

@@ -49,7 +49,7 @@ class Run:
         return max((int(folder.name.split("-")[1]) for folder in checkpoints(self.out)), default=0)
 
 
-def wait_for(condition, process, seconds: float = 120) -> None:
+def wait_for(condition, process, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while process.is_alive() and not condition():
         assert time.monotonic() < deadline

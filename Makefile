@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := $(BIN)/pytest -q
 
-.PHONY: help setup demo test lint types unit compiled interpreted gpu long bench docs release format clean distclean
+.PHONY: help setup demo test lint types unit compiled interpreted gpu long faults bench docs release format clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,9 @@ gpu: setup ## the tests that need a CUDA device, then speed and memory of all th
 
 long: setup ## the studies that take minutes
 	$(PYTEST) -m long tests
+
+faults: setup ## kills, full disks, flipped bits, bad input: their long form, and a tally
+	$(PYTEST) -n 2 --dist load -m 'long or not long' tests/faults tests/fuzz
 
 bench: setup ## the fused head and a PPO update's against their peers, on this machine
 	$(BIN)/python benchmarks/linear_logps.py

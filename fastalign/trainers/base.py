@@ -20,20 +20,19 @@ from fastalign.models.causal import HeadFn
 from fastalign.models.checkpoints import load_renamed_weights
 from fastalign.models.layouts import TokenLayout, plan_layout, run_layout
 from fastalign.trainers.batches import Batch, num_examples, split_batch
-from fastalign.trainers.checkpoints import CheckpointingTrainer
 from fastalign.trainers.config import DEFAULT_MICRO_BATCH_TOKENS, TrainerConfig, by_device
 from fastalign.trainers.export import save_merged
 from fastalign.trainers.layouts import TokenCounter, choose_layout, throughput
+from fastalign.trainers.loaders import LoadingTrainer
 from fastalign.trainers.meters import Meter, standard_errors
 from fastalign.trainers.progress import MetricsProgress
 from fastalign.trainers.sharding import check_shardable
-from fastalign.trainers.token_batches import token_dataloader
 from fastalign.types import LossOutput, Metric
 
 STATE_FILE = "fastalign_state.json"
 
 
-class FusedTrainer(CheckpointingTrainer):
+class FusedTrainer(LoadingTrainer):
     """A Trainer for losses that are sums over items (pairs, tokens, ...) of padded batches; see `split_batch`.
 
     Subclasses give `batch_loss`, `num_items`, `columns` and `evaluation_data`. The loss of an optimizer step is the
@@ -144,16 +143,6 @@ class FusedTrainer(CheckpointingTrainer):
             batch, self.micro_batch_tokens, layout=self.token_layout, examples=examples,
             multiple_of=self.args.pad_to_multiple_of,
         )  # fmt: skip
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, or one of batches of at most `max_tokens_per_batch` computed tokens."""
-        with self._numbering():
-            if self.args.max_tokens_per_batch is None:
-                return super().get_train_dataloader()
-            if self.train_dataset is None:
-                raise ValueError("max_tokens_per_batch: there is no train_dataset to make batches of")
-            data = self._remove_unused_columns(self.train_dataset, description="training")
-            return token_dataloader(data, self.data_collator, self.args, self.token_layout, self.accelerator)
 
     def compute_loss(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
-from transformers.trainer_utils import seed_worker
 
 from fastalign.data.packing import best_fit_decreasing
 from fastalign.trainers.config import TrainerConfig
@@ -212,8 +210,9 @@ def _evened(batches: list[np.ndarray], processes: int, drop_last: bool) -> list[
 
 
 def token_dataloader(
-    dataset: Dataset, collator: Any, args: TrainerConfig, layout: str, accelerator: Accelerator
-) -> DataLoader[Any]:
+    dataset: Dataset, collator: Any, args: TrainerConfig, layout: str, accelerator: Accelerator,
+    worker_init_fn: Callable[[int], None],
+) -> DataLoader[Any]:  # fmt: skip
     """A loader of one process's `TokenBatches`, prepared as the Trainer's own is."""
     sampler = TokenBatches(
         example_tokens(dataset), args.max_tokens_per_batch or 0, layout,
@@ -233,7 +232,7 @@ def token_dataloader(
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         in_order=getattr(args, "dataloader_in_order", True),
-        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        worker_init_fn=worker_init_fn,
     )
     # the sampler knows its process: accelerate has nothing left to share out
     return prepare_data_loader(

@@ -168,9 +168,20 @@ def test_a_read_only_folder(tally):
                 path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_bits_that_flip_under_an_open_cache(tally, data):
+    flip_bits(tally, data)
+
+
+@pytest.mark.long
+@settings(max_examples=2000)
+@given(data=st.data())
+def test_a_thousand_bits_that_flip(tally, data):
+    flip_bits(tally, data)
+
+
+def flip_bits(tally, data) -> None:
     """No number is read unchecked, whatever was checked when the cache was opened."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

@@ -60,7 +60,7 @@ class Fire:
     def kill_one(self) -> bool:
         """At a random moment after it has begun to score; False if it was ready before."""
         which = self.rng.randrange(WRITERS)
-        process, deadline = self.running[which], time.monotonic() + 60
+        process, deadline = self.running[which], time.monotonic() + 300
         while process.is_alive() and not self.journal(process.name).exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)

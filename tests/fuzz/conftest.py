@@ -44,9 +44,10 @@ def refusal() -> Callable[..., ValueError | None]:
 
 
 @pytest.fixture(params=["quick", pytest.param("long", marks=pytest.mark.long)])
-def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+def fuzz(request: pytest.FixtureRequest) -> Iterator[Fuzz]:
     """fuzz(check, *strategies): nothing but a ValueError that says something may come out of `check`."""
     quick = request.param == "quick"
+    refused = 0
 
     def run(check: Callable[..., Any], *strategies: Any) -> None:
         @settings(
@@ -55,12 +56,15 @@ def fuzz(request: pytest.FixtureRequest) -> Fuzz:
         )  # fmt: skip
         @given(st.tuples(*strategies))
         def target(values: tuple[Any, ...]) -> None:
+            nonlocal refused
             if (error := refusal_of(check, *values)) is not None:
                 assert 0 < len(str(error).strip()) < 10_000
+                refused += 1
 
         target()
 
-    return run
+    yield run
+    request.node.user_properties.append(("bad inputs refused", refused))  # for the tally of tests/faults
 
 
 @pytest.fixture(scope="session")

@@ -220,8 +220,11 @@ def test_head_is_the_same_for_the_same_seed(rewards, kit):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": []}, "no judgement: chosen and rejected, or prompt and completions"),
-        ({"train": [{"prompt": "w3", "completion": "w4"}]}, "no judgement"),
+        ({"train": []}, "no row is left to train on: list has no rows"),
+        (
+            {"train": [{"prompt": "w3", "completion": "w4"}]},
+            "no judgement: chosen and rejected, or prompt and completions",
+        ),
         ({"train": None}, "no data: give train_dataset"),
         ({"center_rewards_coefficient": 0.1, "train": LISTS}, "centres pairs; the train data are lists"),
         ({"peft_config": LoraConfig(task_type="CAUSAL_LM")}, "task_type of peft_config is CAUSAL_LM; a reward model's"),

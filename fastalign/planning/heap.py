@@ -8,10 +8,10 @@ more than twice the threshold is given back.
 
 PyTorch asks for addresses that are multiples of 64. malloc has multiples of 16, so it searches for 96 bytes more and
 cuts off what lies before the aligned address and behind the tensor: chunks of 32 to 96 bytes, which small objects take
-at once. In a forward that a backward follows these are nodes of autograd and the like, as many for each tensor as
-_OBJECTS says, and they stay until the backward comes by: last ones first. So a tensor's place, once it is free, lies
-between two of them and is too small for the next tensor of its size. Without small objects the holes of a step would
-add some percent to the peak; with them it is a tenth, and more than half where checkpointing computes layers again.
+at once. Those of a tensor itself die with it; the nodes that a forward leaves stay until its graph is dropped, after
+the backward. So a tensor's place, once it is free, lies between small objects and is too small for the next tensor of
+its size. Without them the holes of a step would add some percent to the peak; with them it is a tenth, and a third
+where checkpointing computes layers again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from fastalign.planning.recorder import BACKWARD, END_OF_PASS, FORWARD, Event
+from fastalign.planning.recorder import END_OF_PASS, FORWARD, Event
+
+Chunk = tuple[int, int]  # address, size
 
 _PAGE, _TOP_PAD = 4096, 128 * 1024
 _ALIGN, _SMALLEST = 64, 32  # of PyTorch's requests; of chunks
@@ -28,9 +30,10 @@ _FAST = 128  # bytes of a chunk that waits, once freed, for a request of its siz
 _KEPT = 1  # freed chunks of a size that a thread keeps for itself
 _CONSOLIDATES = 64 * 1024  # bytes of a freed chunk that let the waiting ones go
 _THRESHOLD, _MAX_THRESHOLD = 128 * 1024, 32 * 2**20
-# Chunks for each tensor of a forward that are there until its backward, by size: counted in traces of malloc's calls
-# over DPO, SFT and reward steps of small Llama models.
-_OBJECTS = {32: 1.9, 48: 1.6, 64: 0.12, 80: 0.08, 112: 0.3, 144: 0.1}
+# Small chunks by size, a tensor: of the tensor, and of the graph that a forward leaves. benchmarks/small_objects.py
+# counts them, in passes of a Llama model of six layers, full and LoRA, with and without checkpointing.
+_OF_TENSOR = {112: 0.35, 192: 1.0, 320: 0.33}
+_OF_GRAPH = {32: 2.0, 48: 0.75, 64: 0.1, 496: 0.8, 528: 0.25, 656: 0.2, 752: 0.17}
 _OFFSETS = (0.0, 1 / 3, 2 / 3)
 
 
@@ -54,10 +57,10 @@ def _up(size: int, multiple: int) -> int:
 class Heap:
     """A process's heap and mappings. resident: bytes now; peak: the most there were.
 
-    offset: in [0, 1), of an object, that the first tensor has more of.
+    offset: in [0, 1), of an object, that the first tensor has more of. small: whether there are small objects.
     """
 
-    def __init__(self, offset: float = 0.0) -> None:
+    def __init__(self, offset: float = 0.0, *, small: bool = True) -> None:
         self.peak = 0
         self._threshold, self._mapped = _THRESHOLD, 0
         self._end = self._top = 0  # of the heap, and where its free end begins
@@ -66,10 +69,11 @@ class Heap:
         self._ends: dict[int, int] = {}  # and address behind -> address
         self._waiting: defaultdict[int, list[int]] = defaultdict(list)  # small freed chunks, by size
         self._kept: defaultdict[int, list[int]] = defaultdict(list)
-        self._used: dict[int, tuple[int, int, int]] = {}  # storage -> (address, -1 where mapped; size; its number)
-        self._owed = dict.fromkeys(_OBJECTS, offset)  # parts of objects that are still to come
-        self._objects: list[tuple[int, int, int]] = []  # (number of the tensor they came with, address, size)
-        self._requests = 0
+        self._used: dict[int, Chunk] = {}  # storage -> chunk, whose address is -1 where it is mapped
+        self._objects: dict[int, list[Chunk]] = {}  # storage -> its small objects
+        self._graph: list[Chunk] = []
+        kinds = (_OF_TENSOR, _OF_GRAPH) if small else ({}, {})
+        self._owed = [dict.fromkeys(kind, offset) for kind in kinds]  # parts of objects that are still to come
         self._phase = END_OF_PASS
 
     @property
@@ -87,13 +91,12 @@ class Heap:
                 self.free(event.storage)
 
     def begin(self, phase: Event) -> None:
-        """FORWARD, BACKWARD or END_OF_PASS: small objects of a pass are gone by its end."""
+        """FORWARD, BACKWARD or END_OF_PASS, which drops the graph."""
         self._phase = phase
         if phase == END_OF_PASS:
-            self._drop_objects(-1)
+            self._drop(self._graph)
 
     def allocate(self, storage: int, size: int) -> None:
-        self._requests += 1
         self._join_waiting()
         wanted = max(_up(size + 8, 16), _SMALLEST)
         searched = wanted + _ALIGN + _SMALLEST
@@ -101,17 +104,18 @@ class Heap:
         if not fits and searched > self._end - self._top and searched >= self._threshold:
             whole = _up(searched + 16, _PAGE)
             self._mapped += whole
-            self._used[storage] = -1, whole, self._requests
+            self._used[storage] = -1, whole
         else:
-            self._used[storage] = *self._aligned(*self._take(searched), wanted), self._requests
+            self._used[storage] = self._aligned(*self._take(searched), wanted)
+        of_tensor, of_graph = self._owed
+        self._objects[storage] = self._made(of_tensor, _OF_TENSOR)
         if self._phase == FORWARD:
-            self._add_objects()
+            self._graph += self._made(of_graph, _OF_GRAPH)
         self.peak = max(self.peak, self.resident)
 
     def free(self, storage: int) -> None:
-        address, size, number = self._used.pop(storage)
-        if self._phase == BACKWARD:
-            self._drop_objects(number)
+        address, size = self._used.pop(storage)
+        self._drop(self._objects.pop(storage))
         if address < 0:
             self._mapped -= size
             if self._threshold < size <= _MAX_THRESHOLD:
@@ -121,7 +125,7 @@ class Heap:
             self._join_waiting()
         self._give(address, size)
 
-    def _take(self, size: int) -> tuple[int, int]:
+    def _take(self, size: int) -> Chunk:
         """(address, size) of the smallest free chunk that is large enough, cut to it, or of the heap's end."""
         place = bisect_left(self._free, (size, -1))
         if place < len(self._free):
@@ -137,7 +141,7 @@ class Heap:
             self._end = _up(self._top + _TOP_PAD, _PAGE)
         return address, size
 
-    def _aligned(self, address: int, size: int, wanted: int) -> tuple[int, int]:
+    def _aligned(self, address: int, size: int, wanted: int) -> Chunk:
         """What of a chunk an aligned tensor keeps."""
         lead = -(address + 16) % _ALIGN
         if 0 < lead < _SMALLEST:
@@ -152,20 +156,21 @@ class Heap:
 
     # ---- small objects
 
-    def _add_objects(self) -> None:
-        for size, share in _OBJECTS.items():
-            self._owed[size] += share
-            while self._owed[size] >= 1:
-                self._owed[size] -= 1
+    def _made(self, owed: dict[int, float], shares: dict[int, float]) -> list[Chunk]:
+        """The objects that come with one more tensor."""
+        made = []
+        for size in owed:
+            owed[size] += shares[size]
+            while owed[size] >= 1:
+                owed[size] -= 1
                 own = self._kept[size] or self._waiting[size]
-                address, taken = (own.pop(), size) if own else self._take(size)
-                self._objects.append((self._requests, address, taken))
+                made.append((own.pop(), size) if own else self._take(size))
+        return made
 
-    def _drop_objects(self, number: int) -> None:
-        """Free those that came after the tensor of this number."""
-        while self._objects and self._objects[-1][0] > number:
-            _, address, size = self._objects.pop()
-            self._give_small(address, size)
+    def _drop(self, objects: list[Chunk]) -> None:
+        """Last ones first."""
+        while objects:
+            self._give_small(*objects.pop())
 
     def _give_small(self, address: int, size: int) -> None:
         if len(self._kept[size]) < _KEPT:

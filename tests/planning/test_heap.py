@@ -22,8 +22,9 @@ KIB, MIB = 1024, 2**20
 def accounted(heap: Heap) -> int:
     """Bytes of all chunks of the heap below its free end."""
     small = sum(size * len(places) for own in (heap._waiting, heap._kept) for size, places in own.items())
-    used = sum(size for address, size, _ in heap._used.values() if address >= 0)
-    return used + small + sum(size for size, _ in heap._free) + sum(size for *_, size in heap._objects)
+    used = sum(size for address, size in heap._used.values() if address >= 0)
+    objects = sum(size for own in (heap._graph, *heap._objects.values()) for _, size in own)
+    return used + small + sum(size for size, _ in heap._free) + objects
 
 
 @given(st.lists(st.tuples(st.integers(1, 4 * MIB), st.integers(0, 5)), max_size=60))
@@ -44,12 +45,13 @@ def test_resident_memory_holds_what_is_alive_and_nothing_is_lost(steps):
     heap.begin(END_OF_PASS)
     assert not heap._used
     assert not heap._objects
+    assert not heap._graph
     assert heap._mapped == 0
     assert accounted(heap) == heap._top
 
 
 def test_large_requests_are_mapped_and_given_back():
-    heap = Heap()
+    heap = Heap(small=False)
     heap.allocate(0, MIB)
     assert MIB < heap.resident < MIB + 8 * KIB
     heap.free(0)
@@ -57,7 +59,7 @@ def test_large_requests_are_mapped_and_given_back():
 
 
 def test_the_threshold_rises_to_what_was_freed():
-    heap = Heap()
+    heap = Heap(small=False)
     heap.allocate(0, MIB)
     heap.free(0)
     heap.allocate(1, MIB // 2)  # on the heap now
@@ -83,17 +85,22 @@ def test_small_objects_of_a_forward_keep_a_hole_from_what_left_it(phase, fits):
     assert (heap._top == before) == fits
 
 
-def test_a_backward_frees_small_objects_last_ones_first():
+def test_small_objects_of_a_tensor_die_with_it_and_those_of_a_graph_with_the_pass():
     heap = Heap()
     heap.begin(FORWARD)
-    for number in range(4):
+    for number in range(8):
         heap.allocate(number, 100 * KIB)
+    graph = len(heap._graph)
+    assert graph >= 16  # two and more with a tensor
     heap.begin(BACKWARD)
-    for number in (3, 2, 1):
+    for number in range(8):
+        assert any(heap._objects.values())
         heap.free(number)
-        assert {owner for owner, *_ in heap._objects} == set(range(1, number + 2))  # requests count from 1
+    heap.allocate(8, 100 * KIB)  # what a backward makes has no graph
+    assert len(heap._graph) == graph
     heap.begin(END_OF_PASS)
-    assert not heap._objects
+    assert not heap._graph
+    assert list(heap._objects) == [8]
 
 
 MALLOC = """
@@ -136,7 +143,7 @@ def test_without_small_objects_it_is_this_machines_malloc(checkpointing, llama, 
     events = [event for event in record.events(3) if event.storage >= 0]
     pipes = {"input": json.dumps(events), "capture_output": True, "text": True}
     found = [subprocess.run([sys.executable, "-c", MALLOC, str(seed)], **pipes, check=True).stdout for seed in range(5)]
-    heap = Heap()
+    heap = Heap(small=False)
     heap.replay(events)
     assert heap.peak == pytest.approx(min(map(int, found)), rel=0.06)
 

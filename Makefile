@@ -43,7 +43,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(PYTEST) -n 3 --dist loadfile tests --ignore tests/kernels # some tests wait for processes
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder tests --ignore tests/kernels # some tests wait for processes
 
 compiled: setup # Triton kernels, ahead of time for several GPUs; starts processes of its own
 	$(PYTEST) tests/kernels

@@ -55,6 +55,10 @@ class Sequences:
     def spread(self, each: Tensor) -> Tensor:
         """(S,) to the tokens of each sequence."""
         if self._offsets is None:
+            if self.mask.dim() != 2:
+                raise ValueError(
+                    f"shape {tuple(self.mask.shape)} of the tokens, accepted is (B, T), or (N,) with cu_seqlens"
+                )
             return each[:, None].expand(self.mask.shape)
         return each.index_select(0, self._index)
 

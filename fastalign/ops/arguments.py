@@ -17,8 +17,8 @@ def workspace_bytes(workspace_mb: float | None) -> int | None:
     """Bytes of an explicit budget; None stays None, the planner's default."""
     if workspace_mb is None:
         return None
-    if not workspace_mb > 0 or not math.isfinite(workspace_mb):
-        raise ValueError(f"workspace_mb must be a positive number of MiB, got {workspace_mb!r}")
+    if not 0 < workspace_mb < 2**43:  # 2^63 bytes, an int64 of an operator
+        raise ValueError(f"workspace_mb must be a positive number of MiB below 2^43, got {workspace_mb!r}")
     return int(workspace_mb * 2**20)
 
 

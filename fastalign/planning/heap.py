@@ -108,22 +108,22 @@ class Heap:
         else:
             self._used[storage] = self._aligned(*self._take(searched), wanted)
         of_tensor, of_graph = self._owed
-        self._objects[storage] = self._made(of_tensor, _OF_TENSOR)
         if self._phase == FORWARD:
             self._graph += self._made(of_graph, _OF_GRAPH)
+        self._objects[storage] = self._made(of_tensor, _OF_TENSOR)
         self.peak = max(self.peak, self.resident)
 
     def free(self, storage: int) -> None:
         address, size = self._used.pop(storage)
-        self._drop(self._objects.pop(storage))
         if address < 0:
             self._mapped -= size
             if self._threshold < size <= _MAX_THRESHOLD:
                 self._threshold = size
-            return
-        if size >= _CONSOLIDATES:
-            self._join_waiting()
-        self._give(address, size)
+        else:
+            if size >= _CONSOLIDATES:
+                self._join_waiting()
+            self._give(address, size)
+        self._drop(self._objects.pop(storage))
 
     def _take(self, size: int) -> Chunk:
         """(address, size) of the smallest free chunk that is large enough, cut to it, or of the heap's end."""

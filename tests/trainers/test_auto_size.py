@@ -51,7 +51,7 @@ def budget_between(trainer, tokens: int) -> float:
     return (low + high) / 2 / 2**30
 
 
-@pytest.mark.parametrize("name", ["dpo", "ppo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_training_is_that_with_the_number(name, make, kit):
     memory = budget_between(make[name](), 256)
     runs = []

@@ -35,6 +35,7 @@ def test_the_plan_is_what_a_run_takes(shared_dir, tmp_path, monkeypatch):
     assert found == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.long
 def test_a_phase_of_ppo_takes_what_is_planned(shared_dir, monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     given = {

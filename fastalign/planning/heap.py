@@ -16,6 +16,7 @@ where checkpointing computes layers again.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,24 +28,24 @@ Chunk = tuple[int, int]  # address, size
 _PAGE, _TOP_PAD = 4096, 128 * 1024
 _ALIGN, _SMALLEST = 64, 32  # of PyTorch's requests; of chunks
 _FAST = 128  # bytes of a chunk that waits, once freed, for a request of its size, until a large one comes
-_KEPT = 1  # freed chunks of a size that a thread keeps for itself
 _CONSOLIDATES = 64 * 1024  # bytes of a freed chunk that let the waiting ones go
 _THRESHOLD, _MAX_THRESHOLD = 128 * 1024, 32 * 2**20
 # Small chunks by size, a tensor: of the tensor, and of the graph that a forward leaves. benchmarks/small_objects.py
 # counts them, in passes of a Llama model of six layers, full and LoRA, with and without checkpointing.
 _OF_TENSOR = {112: 0.35, 192: 1.0, 320: 0.33}
 _OF_GRAPH = {32: 2.0, 48: 0.75, 64: 0.1, 496: 0.8, 528: 0.25, 656: 0.2, 752: 0.17}
-_OFFSETS = (0.0, 1 / 3, 2 / 3)
+_OFFSETS = (0.0, 0.5)
+_KEPT = (1, 2)  # freed chunks of a size that a thread keeps for itself: up to seven, most of the time few
 
 
 def mean_peak(events: Sequence[Event]) -> int:
-    """The most bytes resident over a record, as the mean of replays that differ in where small objects fall.
+    """The most bytes resident over a record, as the mean of replays that differ in where small objects fall and stay.
 
     That little can move a peak by several percent, here as in a process.
     """
     peaks = []
-    for offset in _OFFSETS:
-        heap = Heap(offset)
+    for offset, kept in itertools.product(_OFFSETS, _KEPT):
+        heap = Heap(offset, kept=kept)
         heap.replay(events)
         peaks.append(heap.peak)
     return sum(peaks) // len(peaks)
@@ -57,10 +58,11 @@ def _up(size: int, multiple: int) -> int:
 class Heap:
     """A process's heap and mappings. resident: bytes now; peak: the most there were.
 
-    offset: in [0, 1), of an object, that the first tensor has more of. small: whether there are small objects.
+    offset: in [0, 1), of an object, that the first tensor has more of. small: whether there are small objects. kept:
+    freed chunks of a size that a thread keeps for itself.
     """
 
-    def __init__(self, offset: float = 0.0, *, small: bool = True) -> None:
+    def __init__(self, offset: float = 0.0, *, small: bool = True, kept: int = 1) -> None:
         self.peak = 0
         self._threshold, self._mapped = _THRESHOLD, 0
         self._end = self._top = 0  # of the heap, and where its free end begins
@@ -68,6 +70,7 @@ class Heap:
         self._starts: dict[int, int] = {}  # of free chunks: address -> size
         self._ends: dict[int, int] = {}  # and address behind -> address
         self._waiting: defaultdict[int, list[int]] = defaultdict(list)  # small freed chunks, by size
+        self._most_kept = kept
         self._kept: defaultdict[int, list[int]] = defaultdict(list)
         self._used: dict[int, Chunk] = {}  # storage -> chunk, whose address is -1 where it is mapped
         self._objects: dict[int, list[Chunk]] = {}  # storage -> its small objects
@@ -173,7 +176,7 @@ class Heap:
             self._give_small(*objects.pop())
 
     def _give_small(self, address: int, size: int) -> None:
-        if len(self._kept[size]) < _KEPT:
+        if len(self._kept[size]) < self._most_kept:
             self._kept[size].append(address)
         elif size <= _FAST:
             self._waiting[size].append(address)

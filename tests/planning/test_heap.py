@@ -152,11 +152,11 @@ def test_the_mean_is_over_where_small_objects_fall():
     events = [FORWARD, *(Event(number, (50 + number) * KIB) for number in range(40)), BACKWARD]
     events += [Event(number, -(50 + number) * KIB) for number in reversed(range(40))] + [END_OF_PASS]
     peaks = []
-    for offset in (0.0, 1 / 3, 2 / 3):
-        heap = Heap(offset)
+    for offset, kept in ((0.0, 1), (0.0, 2), (0.5, 1), (0.5, 2)):
+        heap = Heap(offset, kept=kept)
         heap.replay(events * 3)
         peaks.append(heap.peak)
-    assert mean_peak(events * 3) == sum(peaks) // 3
+    assert mean_peak(events * 3) == sum(peaks) // 4
 
 
 def test_replay_knows_only_what_it_has_seen():

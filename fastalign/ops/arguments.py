@@ -32,8 +32,8 @@ def check_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Validate what a caller can get wrong; returns the tensors in autocast's dtype where it is on."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (V, H), got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"weight must be (V, H) with H ≥ 1, got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be (..., {weight.shape[1]}) to fit weight {tuple(weight.shape)}, got {tuple(hidden.shape)}"

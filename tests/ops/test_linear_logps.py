@@ -296,3 +296,8 @@ def test_bad_arguments_are_named(message):
 def test_frozen_cannot_be_forced_on_a_head_that_learns():
     with pytest.raises(ValueError, match="schedule='frozen' needs a weight and bias without gradient"):
         plan(8, 4, 32, schedule="frozen")
+
+
+def test_hidden_states_without_a_width_are_refused():
+    with pytest.raises(ValueError, match=r"weight must be \(V, H\) with H ≥ 1, got shape \(0, 0\)"):
+        linear_logps(torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0).long())
